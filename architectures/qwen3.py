@@ -1,0 +1,233 @@
+"""Qwen3, the dense models (Yang et al. 2025, arXiv:2505.09388).
+
+Llama's block, departing from it in four places:
+
+- queries and keys are normalised per head, before the rotation (`q_norm`, `k_norm`);
+- `head_dim` is 128 whatever the hidden size; heads x head_dim need not equal it;
+- optionally the layers from `max_window_layers` on attend to a sliding window;
+- long contexts by YaRN, where the config asks for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from portkit.architecture import Architecture, CausalLM, Site
+from portkit.config import ConfigReader, check_heads
+from portkit.errors import InvalidConfig
+from portkit.nn.attention import KERNELS, visible_keys
+from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
+from portkit.nn.mlp import GatedMLP
+from portkit.nn.norms import RMSNorm
+from portkit.nn.rope import RopeParameters, RotaryEmbedding, rotate
+from portkit.weights import Copy, Tie, WeightMap
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3Config:
+    """The keys of `config.json` that the forward pass depends on."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    attention_bias: bool
+    rope_parameters: RopeParameters
+    windows: tuple[int | None, ...]
+    """Each layer's sliding window; None where it sees everything."""
+
+
+def read_config(reader: ConfigReader) -> Qwen3Config:
+    max_positions = reader.size("max_position_embeddings", 32768)
+    num_layers = reader.size("num_hidden_layers", maximum=4096)
+    config = Qwen3Config(
+        vocab_size=reader.size("vocab_size"),
+        hidden_size=reader.size("hidden_size"),
+        intermediate_size=reader.size("intermediate_size"),
+        num_hidden_layers=num_layers,
+        num_attention_heads=reader.size("num_attention_heads"),
+        num_key_value_heads=reader.size("num_key_value_heads", 32),
+        head_dim=reader.size("head_dim", 128),
+        max_position_embeddings=max_positions,
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        attention_bias=reader.flag("attention_bias", False),
+        rope_parameters=RopeParameters(**reader.rope(10000.0, max_positions)),
+        windows=read_windows(reader, num_layers),
+    )
+    reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
+    check_heads(
+        reader.where, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    )
+    return config
+
+
+def read_windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
+    """Each layer's window, None where it sees everything.
+
+    Explicit `layer_types` win; else the layers from `max_window_layers` on slide, if any may.
+    """
+    slides = reader.flag("use_sliding_window", False)
+    window = reader.size("sliding_window", 4096, minimum=2)
+    first = reader.size("max_window_layers", 28, minimum=0)
+    kinds = reader.words("layer_types", num_layers, (FULL, SLIDING))
+    if kinds is None:
+        kinds = tuple(SLIDING if slides and i >= first else FULL for i in range(num_layers))
+    if SLIDING in kinds and not slides:
+        raise InvalidConfig(
+            f"{reader.where}: layer_types names sliding layers, but use_sliding_window is false"
+        )
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Qwen3Config, kernel: str) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.attend = KERNELS[kernel](config.head_dim**-0.5)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(x).view(by_head)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(x).view(by_head)).transpose(1, 2)
+        value = self.v_proj(x).view(by_head).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is not None:
+            key, value = cache.update(key, value)
+        context = self.attend(query, key, value, mask)  # (batch, tokens, heads, head_dim)
+        output: Tensor = self.o_proj(context.flatten(2))
+        return output
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Qwen3Config, kernel: str) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, kernel)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, F.silu)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin, mask, cache)
+        h = h + self.mlp(self.post_attention_layernorm(h))
+        return h
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Qwen3Config, kernel: str) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_parameters)
+        self.layers = nn.ModuleList(
+            Layer(config, kernel) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.windows = config.windows
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, cache: Cache | None, padding: Tensor | None
+    ) -> Tensor:
+        h = self.embed_tokens(input_ids)
+        cos, sin = self.rotary_emb(positions, h.dtype)
+        past = 0 if cache is None else cache.length
+        num_tokens = input_ids.shape[1]
+        masks = {
+            window: visible_keys(num_tokens, past, padding, h.device, window)
+            for window in set(self.windows)
+        }
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, window, layer_cache in zip(self.layers, self.windows, caches, strict=True):
+            h = layer(h, cos, sin, masks[window], layer_cache)
+        output: Tensor = self.norm(h)
+        return output
+
+
+class Qwen3(CausalLM):
+    def __init__(self, config: Qwen3Config, kernel: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, kernel)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(hidden_states)
+        return logits
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        return Cache(
+            batch,
+            [
+                SlidingCache(heads, head_dim, window) if window else FullCache(heads, head_dim, length)
+                for window in self.config.windows
+            ],
+        )
+
+
+WEIGHTS = WeightMap(
+    (
+        Copy("model.embed_tokens.weight"),
+        Copy("model.layers.{layer}.input_layernorm.weight"),
+        Copy("model.layers.{layer}.self_attn.{proj=q|k|v|o}_proj.{part=weight|bias}"),
+        Copy("model.layers.{layer}.self_attn.{part=q|k}_norm.weight"),
+        Copy("model.layers.{layer}.post_attention_layernorm.weight"),
+        Copy("model.layers.{layer}.mlp.{proj=gate|up|down}_proj.weight"),
+        Copy("model.norm.weight"),
+        Copy("lm_head.weight"),
+        Tie("lm_head.weight", to="model.embed_tokens.weight"),
+    )
+)
+
+SITES = (
+    Site("model.embed_tokens", "batch position channel"),
+    Site("model#cos", "batch one position channel"),
+    Site("model#sin", "batch one position channel"),
+    Site("model.layers.{layer}.input_layernorm", "batch position channel"),
+    Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
+    Site("model.layers.{layer}.self_attn.{part=q|k}_norm", "batch position head channel"),
+    Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
+    Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
+    Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
+    Site("model.layers.{layer}.self_attn.o_proj", "batch position channel"),
+    Site("model.layers.{layer}.post_attention_layernorm", "batch position channel"),
+    Site("model.layers.{layer}.mlp.{proj=gate|up|down}_proj", "batch position channel"),
+    Site("model.layers.{layer}.mlp", "batch position channel"),
+    Site("model.layers.{layer}", "batch position channel"),
+    Site("model.norm", "batch position channel"),
+    Site("lm_head", "batch position vocabulary"),
+)
+
+QWEN3 = Architecture(
+    model_type="qwen3",
+    summary="Qwen3, the dense models",
+    read_config=read_config,
+    build=Qwen3,
+    weight_map=WEIGHTS,
+    sites=SITES,
+)

@@ -1,0 +1,49 @@
+"""Load released checkpoints into readable PyTorch ports, and prove the ports right.
+
+    import portkit
+    loaded = portkit.load("google/gemma-3-270m")      # a directory or a Hub id
+    logits = loaded.model(input_ids)                  # (batch, tokens, vocab_size)
+
+Importing this package imports nothing else: torch is loaded when the first name is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from portkit.checkpoint import Checkpoint
+    from portkit.errors import PortkitError
+    from portkit.loading import LoadedModel, export, load, open_checkpoint
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpoint": "portkit.checkpoint",
+    "LoadedModel": "portkit.loading",
+    "PortkitError": "portkit.errors",
+    "export": "portkit.loading",
+    "load": "portkit.loading",
+    "open_checkpoint": "portkit.loading",
+}
+
+__all__ = [
+    "Checkpoint",
+    "LoadedModel",
+    "PortkitError",
+    "__version__",
+    "export",
+    "load",
+    "open_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'portkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,243 @@
+"""From a name to a model that runs: resolve, plan, read, tie, place.
+
+    loaded = load("google/gemma-3-270m")
+    logits = loaded.model(input_ids)
+
+Loading at the stored dtype on the CPU maps the file: parameters are views, no byte is read until a
+forward pass wants it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from portkit.architecture import Architecture, CausalLM
+from portkit.checkpoint import DTYPES, Checkpoint, Files, LocalFiles
+from portkit.config import ConfigReader
+from portkit.errors import HubError, Mismatch, PortkitError
+from portkit.hub import RemoteFiles
+from portkit.registry import architecture_of
+from portkit.weights import Drop, Plan, Tied
+
+COMPUTE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_FLOATING = {"F64", "F32", "BF16", "F16"}
+
+Progress = Callable[[int, int], None]
+"""Called with parameters placed so far and their number."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a checkpoint will become, known from its config and header: no tensor byte read."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    config: Any
+    """The family's config dataclass."""
+    ignored: frozenset[str]
+    """Keys of `config.json` that the user chose to go on without."""
+    skeleton: CausalLM
+    """The model on the meta device."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Tied parameters once."""
+        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+    def plan(self) -> Plan:
+        """Who claims which tensor; `Mismatch` where anything is left over."""
+        tensors = self.checkpoint.tensors
+        plan = self.architecture.weight_map.plan(
+            self.skeleton, {name: info.shape for name, info in tensors.items()}
+        )
+        for claim in plan.claims:
+            for name in claim.sources:
+                if tensors[name].dtype not in _FLOATING:
+                    raise Mismatch(
+                        f"{name} is stored as {tensors[name].dtype}; supported: "
+                        f"{', '.join(sorted(_FLOATING))} (is the checkpoint quantised?)"
+                    )
+        return plan
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did."""
+
+    parameters: int
+    tensors: int
+    bytes: int
+    """Of the tensors that were read, as stored."""
+    dtype: str
+    stored_dtypes: dict[str, int]
+    """Tensors read, by the dtype they are stored in."""
+    dropped: tuple[Drop, ...]
+    tied: tuple[Tied, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and where it came from."""
+
+    model: CausalLM
+    blueprint: Blueprint
+    plan: Plan
+    report: LoadReport
+
+    @property
+    def config(self) -> Any:
+        return self.blueprint.config
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.blueprint.architecture
+
+    @property
+    def files(self) -> Files:
+        return self.blueprint.checkpoint.files
+
+
+def open_checkpoint(
+    repo: str | Path, revision: str | None = None, allow_pickle: bool = False
+) -> Checkpoint:
+    """A directory, or else a Hub repository; of the latter only files that are read are fetched."""
+    directory = Path(repo)
+    if directory.is_dir():
+        if revision is not None:
+            raise HubError(f"--revision {revision} goes with a Hub repository; {repo} is a folder")
+        return Checkpoint(LocalFiles(directory), allow_pickle)
+    return Checkpoint(RemoteFiles(str(repo), revision), allow_pickle)
+
+
+def draw(
+    checkpoint: Checkpoint, attention: str = "sdpa", ignore_config: Sequence[str] = ()
+) -> Blueprint:
+    """Read the config and lay out the model on the meta device.
+
+    Raises `UnsupportedConfig` or `InvalidConfig`.
+    """
+    raw = checkpoint.config
+    architecture = architecture_of(raw)
+    reader = ConfigReader(raw, ignore=ignore_config)
+    config = architecture.read_config(reader)
+    reader.finish()
+    with torch.device("meta"):
+        skeleton = architecture.build(config, attention).eval()
+    return Blueprint(checkpoint, architecture, config, reader.ignored, skeleton)
+
+
+def load(
+    repo: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: str = "sdpa",
+) -> LoadedModel:
+    """Load a checkpoint into our port, in evaluation mode.
+
+    `repo`: a directory or a Hub id. `dtype`: auto (the checkpoint's own), float32, bfloat16 or
+    float16. `device`: auto, cpu, cuda or mps. `attention`: sdpa or eager. Raises a `PortkitError`
+    on anything unfit.
+    """
+    return materialize(draw(open_checkpoint(repo, revision), attention), dtype, device)
+
+
+def materialize(
+    blueprint: Blueprint,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Put the tensors in place. The blueprint's skeleton becomes the model and is used up."""
+    started = time.perf_counter()
+    plan = blueprint.plan()
+    checkpoint, model = blueprint.checkpoint, blueprint.skeleton
+    compute_dtype, target = resolve_dtype(dtype, checkpoint), resolve_device(device)
+    for done, claim in enumerate(plan.claims, 1):
+        tensor = claim.assemble(checkpoint.read, compute_dtype, target)
+        _place(model, claim.parameter, nn.Parameter(tensor))
+        if progress is not None:
+            progress(done, len(plan.claims))
+    notes = tuple(note for tied in plan.tied if (note := _tie(model, tied, checkpoint)))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    read = [checkpoint.tensors[name] for claim in plan.claims for name in claim.sources]
+    report = LoadReport(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tensors=len(read),
+        bytes=sum(info.num_bytes for info in read),
+        dtype=str(compute_dtype).removeprefix("torch."),
+        stored_dtypes=dict(Counter(info.dtype for info in read)),
+        dropped=plan.dropped,
+        tied=tuple(t for t in plan.tied if parameters[t.parameter] is parameters[t.to]),
+        notes=notes,
+        seconds=time.perf_counter() - started,
+    )
+    return LoadedModel(model, blueprint, plan, report)
+
+
+def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype to compute in. `auto`: what the config names, else what most tensors are stored in."""
+    if dtype != "auto":
+        return _compute_dtype(dtype)
+    config = checkpoint.config
+    for section in (config, config.get("text_config") or {}):
+        named = section.get("dtype") or section.get("torch_dtype")
+        if named is not None:
+            return _compute_dtype(str(named).removeprefix("torch."))
+    stored = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in _FLOATING)
+    return DTYPES[stored.most_common(1)[0][0]]
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the fastest device there is; `PortkitError` where the one asked for is not."""
+    usable = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    if device == "auto":
+        return torch.device(next(name for name, there in usable.items() if there()))
+    if not usable.get(device.partition(":")[0], lambda: False)():
+        raise PortkitError(f"--device {device}: torch finds no such device here; try --device auto")
+    return torch.device(device)
+
+
+def _compute_dtype(word: str) -> torch.dtype:
+    if word not in COMPUTE_DTYPES:
+        raise PortkitError(f"dtype {word!r}: supported are {', '.join(COMPUTE_DTYPES)}")
+    return COMPUTE_DTYPES[word]
+
+
+def _tie(model: CausalLM, tied: Tied, checkpoint: Checkpoint) -> str | None:
+    """Share one parameter, unless both are on disk and differ: then say so and load the second."""
+    shared = model.get_parameter(tied.to)
+    if tied.also_on_disk is not None:
+        own = checkpoint.read(tied.also_on_disk).to(shared.device, shared.dtype)
+        if not torch.equal(own, shared):
+            _place(model, tied.parameter, nn.Parameter(own))
+            return (
+                f"{tied.also_on_disk} is stored and differs from {tied.to}: not tied, "
+                "although the config says so"
+            )
+    _place(model, tied.parameter, shared)
+    return None
+
+
+def _place(model: CausalLM, name: str, parameter: nn.Parameter) -> None:
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, parameter)

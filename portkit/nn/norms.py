@@ -1,0 +1,48 @@
+"""Root-mean-square norms. Two conventions for the learned weight, hence two modules.
+
+Both normalise in float32 whatever comes in (Zhang & Sennrich 2019, arXiv:1910.07467):
+`x * rsqrt(mean(x**2) + eps)` over the last dimension. They differ in where the weight is applied,
+which no test at float32 sees and every test at bfloat16 does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """`weight * x̂`: the weight is multiplied after the cast back, in the activations' dtype.
+
+    Shapes: (..., size) to (..., size).
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.weight * _normalise(hidden_states, self.eps).to(hidden_states.dtype)
+
+
+class UnitOffsetRMSNorm(nn.Module):
+    """`(1 + weight) * x̂`: the weight is stored around zero and all of it happens in float32.
+
+    `1 + weight` rounded to bfloat16 would change a quarter of the elements; the cast comes last.
+    Shapes: (..., size) to (..., size).
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed = _normalise(hidden_states, self.eps) * (1.0 + self.weight.float())
+        return normed.to(hidden_states.dtype)
+
+
+def _normalise(x: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)

@@ -1,0 +1,51 @@
+"""Finding the port for a `model_type`. Families are entry points: a third party adds one the same way.
+
+Knows the entry-point group; imports a family only when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from portkit.architecture import Architecture
+from portkit.errors import UnsupportedConfig
+
+GROUP = "portkit.architectures"
+
+
+def find(model_type: str) -> Architecture:
+    """The architecture of a `model_type`; `UnsupportedConfig` lists what there is."""
+    found = registered().get(model_type)
+    if found is None:
+        raise UnsupportedConfig(
+            f"config.json: model_type is {model_type!r}; supported: {', '.join(registered())}"
+        )
+    architecture = found.load()
+    assert isinstance(architecture, Architecture), f"{found.value} is not an Architecture"
+    assert architecture.model_type == model_type, f"{found.value} is registered as {model_type}"
+    return architecture
+
+
+def registered() -> dict[str, EntryPoint]:
+    """Entry points by `model_type`, sorted; none of them imported."""
+    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name)}
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of a `config.json`. A quantised checkpoint is refused by its method's name."""
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise UnsupportedConfig(
+            f"config.json: quantization_config: this checkpoint is quantised "
+            f"({method or 'method not named'}) and no port of a quantised checkpoint exists yet; "
+            "take the unquantised repository"
+        )
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedConfig(
+            f"config.json: model_type is missing or not a word; supported: {', '.join(registered())}"
+        )
+    return find(model_type)
