@@ -220,6 +220,8 @@ class Decoder(nn.Module):
 
 
 class Gemma3(CausalLM):
+    config: Gemma3Config
+
     def __init__(self, config: Gemma3Config, kernel: str = "sdpa") -> None:
         super().__init__()
         self.config = config
@@ -296,7 +298,10 @@ MULTIMODAL_WEIGHTS = WeightMap(
 
 SITES = (
     Site("model.embed_tokens", "batch position channel"),
-    Site("model#{table=cos|sin}.{kind=full_attention|sliding_attention}", "batch one position channel"),
+    Site(
+        "model#{table=cos|sin}.{kind=full_attention|sliding_attention}",
+        "batch one position channel",
+    ),
     Site("model.layers.{layer}.input_layernorm", "batch position channel"),
     Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
     Site("model.layers.{layer}.self_attn.{part=q|k}_norm", "batch head position channel"),

@@ -121,9 +121,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_parameters)
-        self.layers = nn.ModuleList(
-            Layer(config, kernel) for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(Layer(config, kernel) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -141,6 +139,8 @@ class Decoder(nn.Module):
 
 
 class Llama(CausalLM):
+    config: LlamaConfig
+
     def __init__(self, config: LlamaConfig, kernel: str = "sdpa") -> None:
         super().__init__()
         self.config = config

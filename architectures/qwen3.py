@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from portkit.architecture import Architecture, CausalLM, Site
 from portkit.config import ConfigReader, check_heads
-from portkit.errors import InvalidConfig
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
 from portkit.nn.mlp import GatedMLP
@@ -85,9 +84,7 @@ def read_windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...
     if kinds is None:
         kinds = tuple(SLIDING if slides and i >= first else FULL for i in range(num_layers))
     if SLIDING in kinds and not slides:
-        raise InvalidConfig(
-            f"{reader.where}: layer_types names sliding layers, but use_sliding_window is false"
-        )
+        raise reader.contradiction("layer_types names sliding layers, use_sliding_window is false")
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
@@ -142,9 +139,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_parameters)
-        self.layers = nn.ModuleList(
-            Layer(config, kernel) for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(Layer(config, kernel) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.windows = config.windows
 
@@ -167,6 +162,8 @@ class Decoder(nn.Module):
 
 
 class Qwen3(CausalLM):
+    config: Qwen3Config
+
     def __init__(self, config: Qwen3Config, kernel: str = "sdpa") -> None:
         super().__init__()
         self.config = config
@@ -184,7 +181,9 @@ class Qwen3(CausalLM):
         return Cache(
             batch,
             [
-                SlidingCache(heads, head_dim, window) if window else FullCache(heads, head_dim, length)
+                SlidingCache(heads, head_dim, window)
+                if window
+                else FullCache(heads, head_dim, length)
                 for window in self.config.windows
             ],
         )

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from portkit.checkpoint import Checkpoint
     from portkit.errors import PortkitError
-    from portkit.loading import LoadedModel, export, load, open_checkpoint
+    from portkit.exporting import export
+    from portkit.loading import LoadedModel, load, open_checkpoint
 
 __version__ = "0.1.0"
 
@@ -23,7 +24,7 @@ _HOMES = {
     "Checkpoint": "portkit.checkpoint",
     "LoadedModel": "portkit.loading",
     "PortkitError": "portkit.errors",
-    "export": "portkit.loading",
+    "export": "portkit.exporting",
     "load": "portkit.loading",
     "open_checkpoint": "portkit.loading",
 }

@@ -34,6 +34,7 @@ class CausalLM(nn.Module):
     """
 
     model: nn.Module
+    config: ModelConfig
 
     def forward(
         self,
@@ -64,7 +65,9 @@ class CausalLM(nn.Module):
             positions = torch.arange(past, past + num_tokens, device=input_ids.device)[None]
         padding = None if attention_mask is None else attention_mask.bool()
         if padding is not None:
-            assert padding.shape[1] == past + num_tokens, "attention_mask covers past and new tokens"
+            assert padding.shape[1] == past + num_tokens, (
+                "attention_mask covers past and new tokens"
+            )
             if bool(padding.all()):
                 padding = None
         hidden: Tensor = self.model(input_ids, positions, cache, padding)

@@ -99,7 +99,9 @@ class LocalFiles:
 def header_length(prefix: bytes, file_bytes: int, name: str) -> int:
     """The header's length from a safetensors file's first 8 bytes; `CheckpointError` if absurd."""
     if len(prefix) < _LENGTH_BYTES:
-        raise CheckpointError(f"{name} is {file_bytes} bytes long: no safetensors file; fetch it again")
+        raise CheckpointError(
+            f"{name} is {file_bytes} bytes long: no safetensors file; fetch it again"
+        )
     length = int.from_bytes(prefix, "little")
     if length > min(_MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
         raise CheckpointError(
@@ -164,8 +166,11 @@ class Checkpoint:
         assert tuple(tensor.shape) == info.shape, f"{name}: the header was read as {info.shape}"
         return tensor
 
-    def check(self) -> dict[str, str]:
-        """Read every byte: file name to sha256. `CheckFailed` on values that are not finite."""
+    def check(self, advance: Callable[[], None] = lambda: None) -> dict[str, str]:
+        """Read every byte: file name to sha256. `CheckFailed` on values that are not finite.
+
+        `advance` is called after each tensor.
+        """
         for info in self.tensors.values():
             tensor = self.read(info.name)
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -174,6 +179,7 @@ class Checkpoint:
                     f"{info.file}: {info.name} holds {bad} values that are not finite "
                     f"(of {tensor.numel()}); the file is damaged or its training diverged"
                 )
+            advance()
         return {name: self._sha256(name) for name in self.weight_files}
 
     @property
@@ -195,9 +201,9 @@ class Checkpoint:
     def _sharded(
         self, index: str, header: Callable[[str], dict[str, TensorInfo]]
     ) -> dict[str, TensorInfo]:
-        weight_map = _json_object(
-            self.files.path(index).read_bytes(), index, CheckpointError
-        ).get("weight_map")
+        weight_map = _json_object(self.files.path(index).read_bytes(), index, CheckpointError).get(
+            "weight_map"
+        )
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no weight_map from tensor names to files")
         found: dict[str, TensorInfo] = {}
@@ -210,7 +216,9 @@ class Checkpoint:
                     raise CheckpointError(f"{name} is stored in {found[name].file} and in {shard}")
                 if weight_map.get(name) != shard:
                     listed = weight_map.get(name, "no file")
-                    raise CheckpointError(f"{name} is stored in {shard}; {index} lists {listed} for it")
+                    raise CheckpointError(
+                        f"{name} is stored in {shard}; {index} lists {listed} for it"
+                    )
                 found[name] = info
         for name, shard in weight_map.items():
             if name not in found:

@@ -18,14 +18,41 @@ _MAX_SIZE = 2**24  # beyond any released vocabulary or context; a larger number 
 
 # Written by training and serving code; a forward pass in evaluation mode never depends on them.
 _BOOKKEEPING = frozenset(
-    """
-    _attn_implementation_autoset _name_or_path architectures attention_dropout bos_token_id
-    cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id finetuning_task
-    id2label initializer_range label2id max_length min_length model_type output_attentions
-    output_hidden_states pad_token_id problem_type resid_pdrop return_dict return_dict_in_generate
-    sep_token_id task_specific_params tokenizer_class torch_dtype torchscript transformers_version
-    unsloth_fixed unsloth_version use_cache
-    """.split()
+    (
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "finetuning_task",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "max_length",
+        "min_length",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "resid_pdrop",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+    )
 )
 
 # rope type: the parameters it must have, and those it may have.
@@ -74,7 +101,7 @@ class ConfigReader:
     def size(
         self, key: str, default: Any = _REQUIRED, *, minimum: int = 1, maximum: int = _MAX_SIZE
     ) -> Any:
-        """An integer within the bounds; `default` (None: optional) where the key is absent or null."""
+        """An integer within the bounds; `default` (None: optional) where absent or null."""
         value = self._value(key)
         if value is None:
             return self._default(key, default)
@@ -235,6 +262,12 @@ class ConfigReader:
 
     def _pin_partial_rotation(self) -> None:
         self.pin("partial_rotary_factor", 1.0, because="every channel of a head is rotated")
+
+    # -- whole object --------------------------------------------------------------------------
+
+    def contradiction(self, what: str) -> InvalidConfig:
+        """The error to raise where keys that are each well-formed do not go together."""
+        return InvalidConfig(f"{self.where}: {what}")
 
     # -- plumbing ------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class ReferenceUnavailable(PortkitError):
 
 
 class Mismatch(PortkitError):
-    """A readable checkpoint that does not fit the model: missing, unexpected or misshapen tensors."""
+    """A readable checkpoint that does not fit its config: tensors missing, extra or misshapen."""
 
     exit_code = 1
 

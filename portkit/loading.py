@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,6 @@ COMPUTE_DTYPES = {
 }
 _FLOATING = {"F64", "F32", "BF16", "F16"}
 
-Progress = Callable[[int, int], None]
-"""Called with parameters placed so far and their number."""
-
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -56,6 +54,7 @@ class Blueprint:
         """Tied parameters once."""
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
+    @cached_property
     def plan(self) -> Plan:
         """Who claims which tensor; `Mismatch` where anything is left over."""
         tensors = self.checkpoint.tensors
@@ -161,18 +160,20 @@ def materialize(
     blueprint: Blueprint,
     dtype: str = "auto",
     device: str = "auto",
-    progress: Progress | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> LoadedModel:
-    """Put the tensors in place. The blueprint's skeleton becomes the model and is used up."""
+    """Put the tensors in place. The blueprint's skeleton becomes the model and is used up.
+
+    `advance` is called after each parameter of the plan.
+    """
     started = time.perf_counter()
-    plan = blueprint.plan()
+    plan = blueprint.plan
     checkpoint, model = blueprint.checkpoint, blueprint.skeleton
     compute_dtype, target = resolve_dtype(dtype, checkpoint), resolve_device(device)
-    for done, claim in enumerate(plan.claims, 1):
+    for claim in plan.claims:
         tensor = claim.assemble(checkpoint.read, compute_dtype, target)
         _place(model, claim.parameter, nn.Parameter(tensor))
-        if progress is not None:
-            progress(done, len(plan.claims))
+        advance()
     notes = tuple(note for tied in plan.tied if (note := _tie(model, tied, checkpoint)))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     read = [checkpoint.tensors[name] for claim in plan.claims for name in claim.sources]
@@ -191,7 +192,7 @@ def materialize(
 
 
 def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype to compute in. `auto`: what the config names, else what most tensors are stored in."""
+    """The dtype to compute in; `auto` is the config's, else the one that most tensors have."""
     if dtype != "auto":
         return _compute_dtype(dtype)
     config = checkpoint.config
@@ -205,14 +206,14 @@ def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:
 
 def resolve_device(device: str) -> torch.device:
     """`auto` is the fastest device there is; `PortkitError` where the one asked for is not."""
-    usable = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "cpu": lambda: True,
-    }
+    usable = [
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+        "cpu",
+    ]
     if device == "auto":
-        return torch.device(next(name for name, there in usable.items() if there()))
-    if not usable.get(device.partition(":")[0], lambda: False)():
+        return torch.device(usable[0])
+    if device.partition(":")[0] not in usable:
         raise PortkitError(f"--device {device}: torch finds no such device here; try --device auto")
     return torch.device(device)
 

@@ -1,4 +1,4 @@
-"""Finding the port for a `model_type`. Families are entry points: a third party adds one the same way.
+"""Finding the port for a `model_type`: families are entry points, a third party's like ours.
 
 Knows the entry-point group; imports a family only when it is asked for.
 """
@@ -34,7 +34,7 @@ def registered() -> dict[str, EntryPoint]:
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a `config.json`. A quantised checkpoint is refused by its method's name."""
+    """The architecture of a `config.json`; a quantised one is refused by its method's name."""
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
@@ -46,6 +46,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedConfig(
-            f"config.json: model_type is missing or not a word; supported: {', '.join(registered())}"
+            "config.json: model_type is missing or not a word; supported: "
+            f"{', '.join(registered())}"
         )
     return find(model_type)

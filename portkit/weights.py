@@ -120,7 +120,7 @@ class Fuse:
         return fused
 
     def split(self, parameter: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
-        return parameter.split([shape[self.dim] for shape in shapes], self.dim)
+        return torch.split(parameter, [shape[self.dim] for shape in shapes], self.dim)
 
 
 @dataclass(frozen=True)

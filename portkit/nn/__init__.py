@@ -1,1 +1,1 @@
-"""Leaf mathematics that the families share: numbers and tensors in, tensors out; no family's name."""
+"""Leaf mathematics that the families share: numbers and tensors in, tensors out."""

@@ -34,7 +34,7 @@ def visible_keys(
     """
     held = past if window is None else min(past, window - 1)
     num_keys = held + num_queries
-    plain = num_queries == 1 or num_keys == num_queries
+    plain = num_queries in (1, num_keys)
     within_window = window is None or num_keys < window
     if padding is None and plain and within_window:
         return None
@@ -64,12 +64,11 @@ class SdpaAttention(nn.Module):
         batch, num_heads, num_queries, head_dim = query.shape
         num_groups = key.shape[1]
         grouped = num_heads != num_groups
-        if grouped and mask is not None and num_queries == 1:
-            # A single query per head: the group's heads become the queries of one key head.
-            query = query.reshape(batch, num_groups, num_heads // num_groups, head_dim)
-            grouped = False
-        elif grouped and (mask is not None or head_dim > _MAX_GROUPED_HEAD_DIM):
-            key, value = _repeat_heads(key, num_heads), _repeat_heads(value, num_heads)
+        if grouped and (mask is not None or head_dim > _MAX_GROUPED_HEAD_DIM):
+            if num_queries == 1:  # the heads of a group become the queries of one key head
+                query = query.reshape(batch, num_groups, num_heads // num_groups, head_dim)
+            else:
+                key, value = _repeat_heads(key, num_heads), _repeat_heads(value, num_heads)
             grouped = False
         context = F.scaled_dot_product_attention(
             query,

@@ -1,0 +1,133 @@
+"""Tiny checkpoints, awkward on purpose, written by the reference itself.
+
+Random weights with random norms, so that no multiplication is by one; hidden sizes whose square
+root is not exact in bfloat16; heads that are no power of four and do not fill the hidden size;
+windows shorter than the probe; more than ten layers where their order could be mistaken; a prime
+vocabulary. Intermediate sizes stay multiples of 32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 509
+_SHARED = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 320,
+    "intermediate_size": 224,
+    "max_position_embeddings": 4096,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A reference class by name and the keywords of its config."""
+
+    family: str
+    config: dict[str, Any]
+
+
+def _llama(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return Tiny("Llama", {**_SHARED, **heads, "head_dim": 40, "rms_norm_eps": 1e-5, **config})
+
+
+def _qwen3(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    return Tiny("Qwen3", {**_SHARED, **heads, "head_dim": 40, **config})
+
+
+def _gemma3(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2}
+    windows = {"sliding_window": 24, "query_pre_attn_scalar": 48}
+    return Tiny("Gemma3", {**_SHARED, **heads, **windows, "head_dim": 40, **config})
+
+
+TINY: dict[str, Tiny] = {
+    "llama3": _llama(rope_scaling=_LLAMA3_ROPE, rope_theta=500000.0, num_hidden_layers=12),
+    "llama tied with biases": _llama(
+        tie_word_embeddings=True, attention_bias=True, mlp_bias=True, num_key_value_heads=1
+    ),
+    "llama linear": _llama(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "llama wide heads": _llama(head_dim=264, num_attention_heads=2, num_key_value_heads=1),
+    "llama plain heads": _llama(num_key_value_heads=4),
+    "qwen3": _qwen3(tie_word_embeddings=True, rope_theta=1e6),
+    "qwen3 yarn sliding": _qwen3(
+        rope_scaling=_YARN,
+        rope_theta=1e6,
+        use_sliding_window=True,
+        sliding_window=24,
+        max_window_layers=1,
+        attention_bias=True,
+    ),
+    "qwen3 yarn tempered": _qwen3(
+        rope_scaling={**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 16.0},
+        num_hidden_layers=1,
+    ),
+    "gemma3": _gemma3(),
+    "gemma3 scaled": _gemma3(
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        final_logit_softcapping=3.0,
+        num_key_value_heads=1,
+        num_attention_heads=4,
+        num_hidden_layers=12,
+    ),
+}
+
+
+def save_tiny(tiny: Tiny, folder: Path, dtype: torch.dtype, seed: int = 0) -> None:
+    """Write a checkpoint of random weights as the reference's own `save_pretrained` does."""
+    import transformers
+
+    config_class = {"Gemma3": "Gemma3TextConfig"}.get(tiny.family, f"{tiny.family}Config")
+    config = getattr(transformers, config_class)(**tiny.config)
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{tiny.family}ForCausalLM")(config)
+    randomise(model)
+    model.to(dtype).save_pretrained(folder)
+
+
+def save_tiny_multimodal(folder: Path, dtype: torch.dtype, seed: int = 0) -> None:
+    """A Gemma 3 checkpoint with a vision tower around the language model, as 4B to 27B are."""
+    import transformers
+
+    text = {**_gemma3(num_hidden_layers=3, sliding_window_pattern=3).config, "vocab_size": 512}
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=511
+    )
+    torch.manual_seed(seed)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    randomise(model)
+    model.to(dtype).save_pretrained(folder)
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Norm weights and biases away from the ones and zeros that hide mistakes."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            parameter.data.normal_(0.4, 0.4)
+        else:
+            parameter.data.mul_(2.0)

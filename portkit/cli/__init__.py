@@ -1,0 +1,93 @@
+"""The `portkit` command: one file a verb in this folder; each parses, calls, prints and exits.
+
+Knows exit codes and how an error reads on a terminal. Knows nothing of models: a verb imports the
+engine inside its function, so that `portkit --help` never waits for torch.
+
+Exit codes: 0 done or the gate holds, 1 the answer is no, 2 bad input or usage, 3 inconclusive,
+70 our own fault, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+from typer.exceptions import Abort, Exit, TyperException
+
+from portkit.cli import demo, generate, import_, inspect, list_, load
+from portkit.errors import PortkitError
+
+INTERNAL_ERROR, INTERRUPTED = 70, 130
+
+app = typer.Typer(
+    name="portkit",
+    help="Load released checkpoints into readable PyTorch ports, and prove the ports right.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if version:
+        import portkit
+
+        print(f"portkit {portkit.__version__}")
+        raise typer.Exit
+
+
+for name, verb in {
+    "demo": demo,
+    "load": load,
+    "inspect": inspect,
+    "generate": generate,
+    "import": import_,
+    "list": list_,
+}.items():
+    app.command(name)(verb.command)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code. A user's error is one line on stderr."""
+    try:
+        code = app(args=argv, prog_name="portkit", standalone_mode=False) or 0
+    except Exit as exit_:
+        code = exit_.exit_code
+    except TyperException as error:
+        code = _say_error(error.format_message(), 2)
+    except PortkitError as error:
+        code = _say_error(str(error), error.exit_code)
+    except (KeyboardInterrupt, Abort):
+        code = _say_error("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read us has gone, as `head` does: silence stdout so that closing it cannot fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception:
+        code = _say_error(_keep_traceback(), INTERNAL_ERROR)
+    sys.exit(code)
+
+
+def _say_error(message: str, code: int) -> int:
+    print("portkit: error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _keep_traceback() -> str:
+    error = sys.exception()
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="portkit-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(f"{sys.argv}\n{traceback.format_exc()}")
+    return (
+        f"this is a fault of portkit itself ({type(error).__name__}: {error}); "
+        f"the traceback is in {file.name}"
+    )

@@ -1,0 +1,57 @@
+"""Options that several verbs share, spelled once. Knows words and defaults, not what they do."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+Repo = Annotated[
+    str, typer.Argument(metavar="REPO", help="A directory, or a repository id on the Hub.")
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a Hub repository.", metavar="REV"),
+]
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Attention(StrEnum):
+    sdpa = "sdpa"
+    eager = "eager"
+
+
+DTypeOption = Annotated[
+    DType, typer.Option("--dtype", help="Compute in this dtype; auto is the checkpoint's own.")
+]
+DeviceOption = Annotated[
+    Device, typer.Option("--device", help="Where to compute; auto takes the fastest there is.")
+]
+AttentionOption = Annotated[
+    Attention, typer.Option("--attention", help="Which attention kernel the port runs.")
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+]
+IgnoreConfig = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-config",
+        metavar="KEY",
+        help="Go on although this key of config.json is not understood (may be repeated).",
+    ),
+]

@@ -1,0 +1,65 @@
+"""How results reach the reader: JSON envelopes, and numbers as people write them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import typer
+
+_REPORTED = ("portkit", "torch", "safetensors", "tokenizers", "transformers")
+
+
+def print_json(command: str, **fields: Any) -> None:
+    """Print the one JSON object of a command: `format`, `command`, `versions`, then `fields`."""
+    envelope = {"format": 1, "command": command, "versions": versions()}
+    print(json.dumps({**envelope, **fields}, ensure_ascii=False, allow_nan=False))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result may depend on, where installed."""
+    found = {"python": platform.python_version()}
+    for package in _REPORTED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def human_bytes(count: float) -> str:
+    """`536223056` as `536.2 MB` (powers of ten, as disks and model cards count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of words in aligned columns, two spaces apart; plain text, as long as it needs to be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress_bar(label: str, length: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr where a person looks on; yields what to call after each of `length` steps."""
+    with typer.progressbar(
+        length=length, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        yield lambda: bar.update(1)

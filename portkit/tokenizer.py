@@ -1,0 +1,181 @@
+"""Text to token ids and back, as a checkpoint's own `tokenizer.json` says.
+
+Knows that file, the few keys of `tokenizer_config.json` that change ids or name special tokens, and
+how to turn a growing list of ids into text piece by piece. Knows no chat format and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import tokenizers
+
+from portkit.checkpoint import Files
+from portkit.errors import TokenizerError
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint; `open` reads it.
+
+    `special_tokens` maps roles to text as `tokenizer_config.json` names them
+    (`{"bos_token": "<bos>", …}`); `config` is the whole of that file, {} where there is none.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+        # A file may keep the truncation and padding of its training; a prompt is taken whole.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.config = config
+        self.special_tokens = _special_tokens(config)
+        self.bos_id = self._id_of("bos_token")
+        adds_bos = self.bos_id in backend.encode("").ids
+        self._lacks_bos = config.get("add_bos_token") is True and not adds_bos
+
+    @classmethod
+    def open(cls, files: Files) -> Tokenizer:
+        """Read `tokenizer.json` and, where there is one, `tokenizer_config.json`.
+
+        Raises TokenizerError where the first is missing or either cannot be understood.
+        """
+        if not files.has("tokenizer.json"):
+            raise TokenizerError(
+                f"{files.origin} has no tokenizer.json: have Transformers write one with "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), or give a checkpoint "
+                "that comes with it"
+            )
+        path = files.path("tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for whatever is wrong
+            raise TokenizerError(
+                f"tokenizer.json of {files.origin} cannot be read: {_one_line(error)}; "
+                "fetch it again, or update the tokenizers library"
+            ) from error
+        return cls(backend, _read_config(files))
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of `text`; special tokens written out in it become their own ids.
+
+        With `special`, the file's post-processor adds what a prompt begins with (BOS, as a rule),
+        and where `add_bos_token` is true but the post-processor adds none, BOS is put in front.
+        Without, nothing is added: so goes a rendered chat template, which spells its own BOS.
+        Raises TokenizerError for text that is no Unicode (a lone surrogate).
+        """
+        try:
+            ids = list(self._backend.encode(text, add_special_tokens=special).ids)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise TokenizerError(f"the text is not valid Unicode: {_one_line(error)}") from error
+        if special and self._lacks_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out, bytes that are no UTF-8 as U+FFFD.
+
+        Ids beyond the vocabulary (a padded embedding has rows for them) have no text.
+        """
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self, after: Sequence[int] = ()) -> Detokenizer:
+        """A decoder for ids that arrive one by one behind the ids of `after`, a prompt's."""
+        return Detokenizer(self, after)
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether an id can add to a text: neither special nor beyond the vocabulary."""
+        return token_id not in self._special_ids and self._backend.id_to_token(token_id) is not None
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether an id stands for one raw byte (`<0xE2>`), of which several make a character."""
+        return _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "") is not None
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def _id_of(self, role: str) -> int | None:
+        text = self.special_tokens.get(role)
+        return None if text is None else self._backend.token_to_id(text)
+
+
+class Detokenizer:
+    """Text from ids that arrive one by one, never half a character.
+
+    The pieces in a row are `decode(after + ids)` without its beginning `decode(after)`: a word
+    keeps the space in front of it, which decoding it alone would lose.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        # Each id is decoded together with the settled ids just before it, not with all of them:
+        # decoders look back no further, and a long text would take quadratic time.
+        self._context = [token_id for token_id in after if tokenizer.has_text(token_id)]
+        self._pending: list[int] = []
+        self._num_sent = len(tokenizer.decode(self._context))
+
+    def push(self, token_id: int) -> str:
+        """Take in the next id; returns the text that no later id can change, maybe none."""
+        if not self._tokenizer.has_text(token_id):
+            return ""
+        self._pending.append(token_id)
+        if self._tokenizer.is_byte(token_id):
+            # One bad byte turns a whole run of byte tokens into U+FFFD: nothing of it is certain.
+            return ""
+        text = self._tokenizer.decode(self._context + self._pending)
+        # The beginning of a character reads as one U+FFFD at the very end.
+        piece = self._send(text, len(text) - text.endswith(_REPLACEMENT))
+        if self._num_sent == len(text):
+            self._context, self._pending = self._pending, []
+            self._num_sent = len(self._tokenizer.decode(self._context))
+        return piece
+
+    def finish(self) -> str:
+        """What is left when no more ids come; half a character becomes U+FFFD."""
+        text = self._tokenizer.decode(self._context + self._pending)
+        return self._send(text, len(text))
+
+    def _send(self, text: str, end: int) -> str:
+        piece = text[self._num_sent : end]
+        self._num_sent = max(self._num_sent, end)
+        return piece
+
+
+def _read_config(files: Files) -> dict[str, Any]:
+    if not files.has("tokenizer_config.json"):
+        return {}
+    try:
+        config = json.loads(files.path("tokenizer_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(
+            f"tokenizer_config.json of {files.origin} is not JSON: {_one_line(error)}; "
+            "fetch it again or repair it"
+        ) from error
+    if not isinstance(config, dict):
+        raise TokenizerError(
+            f"tokenizer_config.json of {files.origin} is not a JSON object: fetch it again"
+        )
+    return config
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Every `…_token` that the config gives a text, spelled out or as an added token's object."""
+    extra = config.get("extra_special_tokens")
+    roles = {**(extra if isinstance(extra, dict) else {}), **config}
+    texts = {
+        role: token.get("content") if isinstance(token, dict) else token
+        for role, token in roles.items()
+        if role.endswith("_token")
+    }
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
