@@ -131,10 +131,17 @@ def read_multimodal_config(reader: ConfigReader) -> Gemma3Config:
 class ScaledEmbedding(nn.Embedding):
     """An embedding times sqrt(size), the factor rounded to the weight's dtype (25.25 at 640)."""
 
+    embed_scale: Tensor
+
+    def __init__(self, num_embeddings: int, size: int) -> None:
+        super().__init__(num_embeddings, size)
+        # On the CPU whatever the default device: a constant, which loading casts and places.
+        scale = torch.tensor(size**0.5, device="cpu")
+        self.register_buffer("embed_scale", scale, persistent=False)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         # A tensor, not a Python number: that would multiply in float32 and differ by an ulp.
-        scale = torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype)
-        return super().forward(input_ids) * scale.to(self.weight.device)
+        return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
 
 
 class Attention(nn.Module):
@@ -300,7 +307,7 @@ SITES = (
     Site("model.embed_tokens", "batch position channel"),
     Site(
         "model#{table=cos|sin}.{kind=full_attention|sliding_attention}",
-        "batch one position channel",
+        "batch position channel",
     ),
     Site("model.layers.{layer}.input_layernorm", "batch position channel"),
     Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
@@ -309,6 +316,7 @@ SITES = (
     Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
     Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
     Site("model.layers.{layer}.self_attn.o_proj", "batch position channel"),
+    Site("model.layers.{layer}.self_attn", "batch position channel"),
     Site("model.layers.{layer}.post_attention_layernorm", "batch position channel"),
     Site("model.layers.{layer}.pre_feedforward_layernorm", "batch position channel"),
     Site("model.layers.{layer}.mlp.{proj=gate|up|down}_proj", "batch position channel"),

@@ -205,8 +205,8 @@ WEIGHTS = WeightMap(
 
 SITES = (
     Site("model.embed_tokens", "batch position channel"),
-    Site("model#cos", "batch one position channel"),
-    Site("model#sin", "batch one position channel"),
+    Site("model#cos", "batch position channel"),
+    Site("model#sin", "batch position channel"),
     Site("model.layers.{layer}.input_layernorm", "batch position channel"),
     Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
     Site("model.layers.{layer}.self_attn.{part=q|k}_norm", "batch position head channel"),
@@ -214,6 +214,7 @@ SITES = (
     Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
     Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
     Site("model.layers.{layer}.self_attn.o_proj", "batch position channel"),
+    Site("model.layers.{layer}.self_attn", "batch position channel"),
     Site("model.layers.{layer}.post_attention_layernorm", "batch position channel"),
     Site("model.layers.{layer}.mlp.{proj=gate|up|down}_proj", "batch position channel"),
     Site("model.layers.{layer}.mlp", "batch position channel"),

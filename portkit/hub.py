@@ -61,7 +61,7 @@ class RemoteFiles:
             )
         self.repo_id = repo_id
         self.revision = revision or "main"
-        self.label = repo_id if revision is None else f"{repo_id}@{revision}"
+        self.label = f"{repo_id}@{revision}" if revision else repo_id
         self._known: dict[str, HfFileMetadata | None] = {}
 
     @property
@@ -161,7 +161,7 @@ class RemoteFiles:
         try:
             url = hf_hub_url(self.repo_id, _CONFIG, revision=self.revision)
             if get_hf_file_metadata(url).commit_hash is None:  # say, a sign-in page of the network
-                return FileMetadataError(f"what answers at {url} is no Hub")
+                return FileMetadataError("what answers there is no Hub")
         except (EntryNotFoundError, RevisionNotFoundError):
             return None  # an answer
         except Exception as error:
@@ -233,16 +233,16 @@ def _read_header(first: Callable[[int], bytes], name: str, label: str) -> bytes:
     start = first(_FIRST_READ_BYTES)
     header_bytes = int.from_bytes(start[:8], "little")
     if len(start) < 8 or header_bytes > _MAX_HEADER_BYTES:
+        found = f"{len(start)} bytes in all" if len(start) < 8 else f"a header of {header_bytes}"
         raise CheckpointError(
-            f"{name} of {label} is not a safetensors file"
-            + (f": it is {len(start)} bytes long" if len(start) < 8 else "")
+            f"{name} of {label} is no safetensors file (it has {found}); fetch it again"
         )
     if len(start) < 8 + header_bytes and len(start) == _FIRST_READ_BYTES:
         start = first(8 + header_bytes)
     if len(start) < 8 + header_bytes:
         raise CheckpointError(
             f"{name} of {label} is truncated: its header should have {header_bytes} bytes, "
-            f"the file has {len(start)} in all"
+            f"the file has {len(start)} in all; fetch it again"
         )
     return start[8 : 8 + header_bytes]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from portkit.architecture import Architecture, CausalLM
 from portkit.checkpoint import DTYPES, Checkpoint, Files, LocalFiles
@@ -134,7 +135,7 @@ def draw(
     reader = ConfigReader(raw, ignore=ignore_config)
     config = architecture.read_config(reader)
     reader.finish()
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         skeleton = architecture.build(config, attention).eval()
     return Blueprint(checkpoint, architecture, config, reader.ignored, skeleton)
 
@@ -174,6 +175,11 @@ def materialize(
         tensor = claim.assemble(checkpoint.read, compute_dtype, target)
         _place(model, claim.parameter, nn.Parameter(tensor))
         advance()
+    for name, buffer in model.named_buffers():  # constants of the config: held as the weights are
+        module, _, attribute = name.rpartition(".")
+        model.get_submodule(module).register_buffer(
+            attribute, buffer.to(target, compute_dtype), persistent=False
+        )
     notes = tuple(note for tied in plan.tied if (note := _tie(model, tied, checkpoint)))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     read = [checkpoint.tensors[name] for claim in plan.claims for name in claim.sources]
@@ -189,6 +195,21 @@ def materialize(
         seconds=time.perf_counter() - started,
     )
     return LoadedModel(model, blueprint, plan, report)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out the random values that new modules fill themselves with.
+
+    On the meta device there is nothing to fill, and trying imports torch's compiler: a second.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from portkit.cli import options
 from portkit.cli.output import human_bytes, plural, print_json, table
@@ -17,12 +19,19 @@ PROMPT = "Once upon a time"
 DTYPES, KERNELS = ("float32", "bfloat16"), ("sdpa", "eager")
 
 
-def command(json: options.Json = False) -> None:
+def command(
+    path: Annotated[
+        bool, typer.Option("--path", help="Print where the shipped checkpoint lies, and stop.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
     """Load the checkpoint that ships with portkit, prove it right, hear it tell a story."""
     from importlib.resources import as_file, files
 
+    if path:
+        print(files("portkit") / "demo_checkpoint")
+        return
     import torch
-    import typer
 
     from portkit.loading import load
     from portkit.parity.reference import is_available

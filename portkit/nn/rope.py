@@ -32,7 +32,7 @@ class RopeParameters:
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions to tables: int64 (batch, tokens) to cos and sin, each (batch, 1, tokens, head_dim).
+    """Positions to tables: int64 (batch, tokens) to cos and sin, each (batch, tokens, head_dim).
 
     Angles, cosine and sine are float32; the tables are rounded to `dtype` last, as the reference
     does. (Angles from float64 frequencies are more accurate, and wrong by 4e-3 at position 131k.)
@@ -45,15 +45,17 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         inv_freq = self.inv_freq.to(positions.device)
         angles = positions[..., None].float() * inv_freq
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (batch, 1, tokens, head_dim)
+        angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (batch, heads, tokens, head_dim) pairing channel i with i + head_dim/2.
+    """Rotate (batch, heads, tokens, head_dim), pairing channel i with i + head_dim/2.
 
+    `cos` and `sin` are (batch, tokens, head_dim), the same for all heads.
     Two rounded products and a rounded sum in x's dtype: a fused multiply-add differs in bfloat16.
     """
+    cos, sin = cos[:, None], sin[:, None]
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from portkit.architecture import CausalLM
 from portkit.nn.cache import Cache
-from portkit.parity.probe import Probe
+from portkit.parity.probe import Pass, Probe
 
 
 @dataclass(frozen=True)
@@ -25,34 +25,49 @@ class PassResult:
     """Largest absolute difference; NaN where one side has NaN and the other has not."""
 
 
-def port_logits(model: CausalLM, probe: Probe) -> dict[str, Tensor]:
-    """Logits (batch, tokens, vocab_size) of every pass, by its name.
+def port_logits(model: CausalLM, probe: Probe) -> Iterator[Tensor]:
+    """Logits (batch, tokens, vocab_size) of each pass in turn, run when it is asked for.
 
     A pass may be continued once: its cache goes on.
     """
     caches: dict[str, Cache] = {}
-    found: dict[str, Tensor] = {}
     longest = sum(one.input_ids.shape[1] for one in probe)
-    with torch.no_grad():
-        for one in probe:
-            batch, num_tokens = one.input_ids.shape
-            cache = caches.pop(one.continues) if one.continues else model.new_cache(batch, longest)
-            found[one.name] = model(one.input_ids, one.positions, cache, one.attention_mask)
-            cache.advance(num_tokens)
-            caches[one.name] = cache
-    return found
+    for one in probe:
+        batch, num_tokens = one.input_ids.shape
+        cache = caches.pop(one.continues) if one.continues else model.new_cache(batch, longest)
+        # Without a name for the logits: kept here, they would outlive their comparison.
+        yield _run(model, one, cache)
+        cache.advance(num_tokens)
+        caches[one.name] = cache
+
+
+@torch.no_grad()
+def _run(model: CausalLM, one: Pass, cache: Cache) -> Tensor:
+    logits: Tensor = model(one.input_ids, one.positions, cache, one.attention_mask)
+    return logits
 
 
 def compare_logits(
-    probe: Probe, port: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+    probe: Probe, port: Iterable[Tensor], reference: Iterable[Tensor]
 ) -> list[PassResult]:
-    """Hold the two sides' logits against each other, pass by pass, padded rows left out."""
-    results = []
-    for one in probe:
-        ours, theirs = port[one.name][one.real], reference[one.name][one.real]
-        assert ours.shape == theirs.shape, f"{one.name}: {ours.shape} against {theirs.shape}"
-        exact = torch.equal(ours, theirs)
-        difference = 0.0 if exact else float((ours.double() - theirs.double()).abs().max())
-        unequal = 0 if exact else int((ours != theirs).sum())
-        results.append(PassResult(one.name, exact, ours.numel(), unequal, difference))
+    """Hold the two sides' logits against each other, pass by pass, padded rows left out.
+
+    Of an iterator's logits one pass is held at a time: of a large vocabulary they are gigabytes.
+    """
+    results = list(map(_compare, probe, port, reference))
+    assert len(results) == len(probe), "both sides give the logits of every pass"
     return results
+
+
+def _compare(one: Pass, port: Tensor, reference: Tensor) -> PassResult:
+    assert port.shape == reference.shape, f"{one.name}: {port.shape} against {reference.shape}"
+    num_logits, num_unequal, differences = 0, 0, [0.0]
+    for row, real in enumerate(one.real):  # one at a time: picking the real tokens copies them
+        ours, theirs = port[row, real], reference[row, real]
+        num_logits += ours.numel()
+        if not torch.equal(ours, theirs):
+            num_unequal += int((ours != theirs).sum())
+            differences.append(float((ours.double() - theirs.double()).abs().max()))
+    # Python's max would pass over NaN.
+    difference = float(torch.tensor(differences, dtype=torch.float64).max())
+    return PassResult(one.name, len(differences) == 1, num_logits, num_unequal, difference)

@@ -8,6 +8,7 @@ checked, because the reference itself goes on with random values where a tensor 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from portkit.errors import ReferenceUnavailable
-from portkit.parity.probe import Probe
+from portkit.parity.probe import Pass, Probe
 
 
 class Reference:
@@ -24,22 +25,24 @@ class Reference:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def logits(self, probe: Probe) -> dict[str, Tensor]:
-        """Logits (batch, tokens, vocab_size) of every pass, by its name."""
+    def logits(self, probe: Probe) -> Iterator[Tensor]:
+        """Logits (batch, tokens, vocab_size) of each pass in turn, run when it is asked for."""
         caches: dict[str, Any] = {}
-        found: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for one in probe:
-                output = self.model(
-                    input_ids=one.input_ids,
-                    position_ids=one.positions,
-                    attention_mask=one.attention_mask,
-                    past_key_values=caches.get(one.continues or ""),
-                    use_cache=True,
-                )
-                caches[one.name] = output.past_key_values
-                found[one.name] = output.logits
-        return found
+        for one in probe:
+            yield self._run(one, caches)
+
+    @torch.no_grad()
+    def _run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
+        output = self.model(
+            input_ids=one.input_ids,
+            position_ids=one.positions,
+            attention_mask=one.attention_mask,
+            past_key_values=caches.pop(one.continues) if one.continues else None,
+            use_cache=True,
+        )
+        caches[one.name] = output.past_key_values
+        logits: Tensor = output.logits
+        return logits
 
 
 def is_available() -> bool:
