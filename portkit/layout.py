@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,27 +30,42 @@ def new_folder(directory: Path, needed_bytes: int = 0) -> Iterator[Path]:
     than `needed_bytes` are free, or where the disk refuses; then, as after any other exception,
     nothing is left behind.
     """
-    target = directory.resolve()
-    exists = target.is_dir()
-    if target.exists() and not exists:
-        raise ExportError(f"{directory} is not a folder: name one that is new or empty")
-    if exists and any(target.iterdir()):
-        raise ExportError(f"{directory} is not empty: name a folder that is new or empty")
-    _refuse_full_disk(target, needed_bytes)
-    # A folder that is already there may be a mount, or where the user stands: it is not replaced.
-    partial = (target if exists else target.parent) / f".{target.name}.partial-{uuid4().hex[:8]}"
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if exists:
-            for file in sorted(partial.iterdir()):
-                file.rename(target / file.name)
-        else:
-            partial.rename(target)
+        target = directory.resolve()
+        exists = target.is_dir()
+        if target.exists() and not exists:
+            raise ExportError(f"{directory} is not a folder: name one that is new or empty")
+        if exists and any(target.iterdir()):
+            raise ExportError(f"{directory} is not empty: name a folder that is new or empty")
+        _refuse_full_disk(target, needed_bytes)
+        # A folder that is there may be a mount, or where the user stands: it is not replaced.
+        parent = target if exists else target.parent
+        with _scratch_folder(parent, f".{target.name}.partial-{uuid4().hex[:8]}") as partial:
+            yield partial
+            if exists:
+                for file in sorted(partial.iterdir()):
+                    file.rename(target / file.name)
+            else:
+                partial.rename(target)
     except (OSError, SafetensorError) as error:
-        raise ExportError(f"cannot write {directory}: {error}") from error
+        raise ExportError(
+            f"cannot write {directory}: {error}; nothing was left there: make room, or name another"
+        ) from error
+
+
+@contextmanager
+def _scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder, gone afterwards unless renamed; so are those parents that nothing came into."""
+    folder = parent / name
+    made = [one for one in folder.parents if not one.exists()]  # the innermost first
+    try:
+        folder.mkdir(parents=True)
+        yield folder
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        for one in made:
+            with suppress(OSError):  # not empty: the target is in it
+                one.rmdir()
 
 
 def write_weights(
@@ -65,8 +80,12 @@ def write_weights(
     split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].contiguous() for name in names}
+        path = folder / file
+        path.touch()
+        usual_mode = path.stat().st_mode
         # Transformers refuses a file that does not say which framework laid its tensors out.
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(usual_mode)  # safetensors makes its files readable to their owner only
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder, "model.safetensors.index.json", index)
