@@ -77,6 +77,7 @@ TINY: dict[str, Tiny] = {
         num_hidden_layers=1,
     ),
     "gemma3": _gemma3(),
+    "gemma3 shallow": _gemma3(num_hidden_layers=4, sliding_window_pattern=3),
     "gemma3 scaled": _gemma3(
         rope_parameters={
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},

@@ -19,7 +19,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from portkit.cli import demo, generate, import_, inspect, list_, load
+from portkit.cli import demo, generate, import_, inspect, list_, load, parity
 from portkit.errors import PortkitError
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
@@ -48,6 +48,7 @@ for name, verb in {
     "demo": demo,
     "load": load,
     "inspect": inspect,
+    "parity": parity,
     "generate": generate,
     "import": import_,
     "list": list_,

@@ -32,9 +32,13 @@ class Pass:
     @property
     def real(self) -> Tensor:
         """(batch, tokens), True where the new token is real: only there are results defined."""
+        return self.real_of_last(self.input_ids.shape[1])
+
+    def real_of_last(self, num_tokens: int) -> Tensor:
+        """(batch, num_tokens), the same for the last tokens of past and new together."""
         if self.attention_mask is None:
-            return torch.ones_like(self.input_ids, dtype=torch.bool)
-        return self.attention_mask[:, -self.input_ids.shape[1] :].bool()
+            return torch.ones(len(self.input_ids), num_tokens, dtype=torch.bool)
+        return self.attention_mask[:, -num_tokens:].bool()
 
 
 Probe = tuple[Pass, ...]

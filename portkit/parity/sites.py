@@ -1,0 +1,211 @@
+"""Sites: the named tensors of a forward pass, and a way to stand at each of them.
+
+`watching(side, visit)` runs a model with a visitor at every site, in order of execution. A visitor
+is given a site's name and tensor and returns the tensor to go on with: the same one to look on,
+another one to put it in its place. Recording, comparing, and "compare, then replace by the
+reference's" are three visitors of one mechanism, on either side.
+
+A site is a module's output (`model.layers.3.mlp`), a module's input (`…:in`, `…:in.cos`), or a
+functional point (`model.layers.3.self_attn#query`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from portkit.architecture import Site
+from portkit.weights import Template
+
+Visit = Callable[[str, Tensor], Tensor]
+
+QKV = ("query", "key", "value")
+
+
+class Side(Protocol):
+    """A model that can be watched: the port, or the reference."""
+
+    def module_sites(self) -> Mapping[str, nn.Module]:
+        """Modules by the text-only reference's names."""
+        ...
+
+    def watch_attention(self, visit: Visit) -> Any:
+        """A context in which `#query`, `#key`, `#value`, `#mask` and `#context` are visited."""
+        ...
+
+    def watch_tables(self, visit: Visit) -> Any:
+        """A context in which the rotary tables are visited."""
+        ...
+
+
+class SiteTable:
+    """The sites that a family declares: which names are observed, and what their dimensions are."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self._templates = [(Template(site.name), site.dims) for site in sites]
+        self._known: dict[str, str | None] = {}
+
+    def dims(self, name: str) -> str | None:
+        """The dimensions of a site, None where the family does not declare it.
+
+        A norm's input has those of its output; all other inputs are `batch position channel`.
+        """
+        if name not in self._known:
+            base = name.partition(":")[0]
+            found = (dims for template, dims in self._templates if template.match(base) is not None)
+            declared = next(found, None)
+            is_input = ":" in name and declared is not None and "norm" not in base
+            self._known[name] = "batch position channel" if is_input else declared
+        return self._known[name]
+
+
+@contextmanager
+def watching(side: Side, table: SiteTable, visit: Visit) -> Iterator[None]:
+    """Have `visit` called at every declared site while a model of `side` runs."""
+
+    def declared(name: str, tensor: Tensor) -> Tensor:
+        return visit(name, tensor) if table.dims(name) is not None else tensor
+
+    with ExitStack() as stack:
+        for name, module in side.module_sites().items():
+            if table.dims(name) is not None:
+                for handle in _hooks(name, module, declared):
+                    stack.callback(handle.remove)
+        stack.enter_context(side.watch_attention(declared))
+        stack.enter_context(side.watch_tables(declared))
+        yield
+
+
+def _hooks(name: str, module: nn.Module, visit: Visit) -> list[Any]:
+    roles = _Roles(module)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return roles.visit(args, kwargs, lambda role, tensor: visit(f"{name}:in{role}", tensor))
+
+    def after(_: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> Any:
+        if isinstance(output, tuple):  # the reference's attention also returns its weights
+            return (visit(name, output[0]), *output[1:])
+        return visit(name, output)
+
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+class _Roles:
+    """Which arguments of a module are observed, by role and not by place.
+
+    The first tensor is the input; rotary tables come as `cos` and `sin`, or as a pair called
+    `position_embeddings`. Masks and token ids are observed elsewhere.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = inspect.signature(module.forward).parameters.values()
+        self._names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+
+    def visit(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Visit
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # What a bare *args takes goes by its place.
+        places = map(str, range(len(args)))
+        named = dict(
+            zip(self._names if len(self._names) >= len(args) else places, args, strict=False)
+        )
+        first = True
+        for key, value in [*named.items(), *kwargs.items()]:
+            new = value
+            if key == "position_embeddings":
+                new = tuple(visit(f".{r}", t) for r, t in zip(("cos", "sin"), value, strict=True))
+            elif isinstance(value, Tensor) and value.is_floating_point():
+                if key in {"cos", "sin"}:
+                    new = visit(f".{key}", value)
+                elif first:
+                    new, first = visit("", value), False
+            if key in kwargs:
+                kwargs[key] = new
+            else:
+                named[key] = new
+        return tuple(named.values()), kwargs
+
+
+def visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """The effective boolean mask (batch or 1, 1, queries, keys), whatever form a kernel was given.
+
+    None is causal. A floating mask is added to the scores: zero is visible.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if mask is None:
+        ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        return ones.tril(num_keys - num_queries)[None, None]
+    if mask.dtype != torch.bool:
+        mask = mask == 0
+    return mask
+
+
+def visit_inputs(
+    name: str, visit: Visit, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Visit a kernel's inputs. A mask that the visitor leaves as it is keeps its form."""
+    effective = visible(mask, query, key)
+    seen = visit(f"{name}#mask", effective)
+    query, key, value = (
+        visit(f"{name}#{role}", one) for role, one in zip(QKV, (query, key, value), strict=True)
+    )
+    if seen is not effective and not (
+        seen.shape[2:] == effective.shape[2:] and bool((seen == effective).all())
+    ):
+        mask = seen
+    return query, key, value, mask
+
+
+class PortSide:
+    """Our own model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def module_sites(self) -> Mapping[str, nn.Module]:
+        return dict(self.model.named_modules())
+
+    @contextmanager
+    def watch_attention(self, visit: Visit) -> Iterator[None]:
+        with ExitStack() as stack:
+            for path, module in self.model.named_modules():
+                if path.endswith(".attend"):
+                    name = path.removesuffix(".attend")
+                    for handle in self._kernel_hooks(name, module, visit):
+                        stack.callback(handle.remove)
+            yield
+
+    def _kernel_hooks(self, name: str, kernel: nn.Module, visit: Visit) -> list[Any]:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            return visit_inputs(name, visit, *args)
+
+        def after(_: nn.Module, __: tuple[Any, ...], context: Tensor) -> Tensor:
+            return visit(f"{name}#context", context)
+
+        return [kernel.register_forward_pre_hook(before), kernel.register_forward_hook(after)]
+
+    @contextmanager
+    def watch_tables(self, visit: Visit) -> Iterator[None]:
+        with ExitStack() as stack:
+            for path, module in self.model.named_modules():
+                prefix, _, kind = path.partition("rotary_emb")
+                if prefix and hasattr(module, "inv_freq"):
+                    after = _table_hook(f"{prefix.rstrip('.')}#", kind, visit)
+                    stack.callback(module.register_forward_hook(after).remove)
+            yield
+
+
+def _table_hook(prefix: str, suffix: str, visit: Visit) -> Callable[..., Any]:
+    def after(_: nn.Module, __: tuple[Any, ...], tables: tuple[Tensor, Tensor]) -> Any:
+        cos, sin = tables
+        return visit(f"{prefix}cos{suffix}", cos), visit(f"{prefix}sin{suffix}", sin)
+
+    return after
