@@ -11,17 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from portkit.errors import CheckFailed, CheckpointError, InvalidConfig
+from portkit.errors import CheckFailed, CheckpointError, InvalidConfig, PortkitError
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,10 +40,15 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 _LENGTH_BYTES = 8
@@ -79,34 +88,43 @@ class LocalFiles:
         self.origin = str(directory)
 
     def has(self, name: str) -> bool:
-        return (self.directory / name).is_file()
+        with reading(name):
+            return (self.directory / name).is_file()
 
     def path(self, name: str) -> Path:
-        path = self.directory / name
-        if not path.is_file():
+        if not self.has(name):
             raise CheckpointError(f"{self.origin} has no {name}")
-        return path
+        return self.directory / name
 
     def num_bytes(self, name: str) -> int:
         return self.path(name).stat().st_size
 
     def header(self, name: str) -> bytes:
-        with self.path(name).open("rb") as file:
+        with reading(name), self.path(name).open("rb") as file:
             length = header_length(file.read(_LENGTH_BYTES), self.num_bytes(name), name)
             return file.read(length)
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn the system's refusal of a file into a `CheckpointError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{name} cannot be read ({error.strerror}): see to its path, permissions and disk"
+        ) from None
 
 
 def header_length(prefix: bytes, file_bytes: int, name: str) -> int:
     """The header's length from a safetensors file's first 8 bytes; `CheckpointError` if absurd."""
     if len(prefix) < _LENGTH_BYTES:
-        raise CheckpointError(
-            f"{name} is {file_bytes} bytes long: no safetensors file; fetch it again"
-        )
+        raise _damaged(f"{name} is {file_bytes} bytes long: no safetensors file")
     length = int.from_bytes(prefix, "little")
     if length > min(_MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
-        raise CheckpointError(
-            f"{name} announces a header of {length} bytes in a file of {file_bytes}: it is truncated "
-            "or no safetensors file; fetch it again"
+        raise _damaged(
+            f"{name} announces a header of {length} bytes in a file of {file_bytes}: it is "
+            "truncated or no safetensors file"
         )
     return length
 
@@ -134,8 +152,10 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """`config.json`; `InvalidConfig` where it is absent or not a JSON object."""
         if not self.files.has(CONFIG):
-            raise InvalidConfig(f"{self.files.origin} has no {CONFIG}: not a checkpoint")
-        return _json_object(self.files.path(CONFIG).read_bytes(), CONFIG, InvalidConfig)
+            raise InvalidConfig(
+                f"{self.files.origin} has no {CONFIG}: give the folder of a checkpoint"
+            )
+        return self._json(CONFIG, InvalidConfig)
 
     @property
     def has_weights(self) -> bool:
@@ -145,15 +165,18 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor by name, from the headers alone. `CheckpointError` on anything untrue."""
         if self.files.has(SINGLE):
-            return _parse_header(self.files.header(SINGLE), SINGLE, self.files.num_bytes(SINGLE))
+            return self._safetensors_header(SINGLE)
         if self.files.has(INDEX):
             return self._sharded(INDEX, self._safetensors_header)
         if not (self.files.has(PICKLE) or self.files.has(PICKLE_INDEX)):
-            raise CheckpointError(f"{self.files.origin} has neither {SINGLE} nor {INDEX}")
+            raise CheckpointError(
+                f"{self.files.origin} has neither {SINGLE} nor {INDEX}: fetch the weights as well"
+            )
         if not self.allow_pickle:
             raise CheckpointError(
                 f"{self.files.origin} holds its weights as a pickle, which can run code when it is "
-                "read; take a safetensors copy, or trust it with --allow-pickle"
+                "read; take a safetensors copy, or make one from its plain tensors: "
+                "portkit load REPO --allow-pickle --export DIR"
             )
         if self.files.has(PICKLE):
             return self._pickle_header(PICKLE)
@@ -173,11 +196,13 @@ class Checkpoint:
         """
         for info in self.tensors.values():
             tensor = self.read(info.name)
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                bad = int((~tensor.isfinite()).sum())
-                raise CheckFailed(
-                    f"{info.file}: {info.name} holds {bad} values that are not finite "
-                    f"(of {tensor.numel()}); the file is damaged or its training diverged"
+            # Of one byte, floats are never loaded but may be dropped, and torch has no isfinite.
+            finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+            if not bool(finite.all()):
+                raise _damaged(
+                    f"{info.file}: {info.name} holds {int((~finite).sum())} values that are not "
+                    f"finite (of {tensor.numel()}): damaged, or its training diverged",
+                    CheckFailed,
                 )
             advance()
         return {name: self._sha256(name) for name in self.weight_files}
@@ -189,40 +214,42 @@ class Checkpoint:
 
     def _sha256(self, name: str) -> str:
         path = self.files.path(name)
-        with path.open("rb") as file:
+        with reading(name), path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         promised = path.resolve().name  # the Hub's cache names large files by their digest
-        if len(promised) == len(found) and promised != found and _is_hex(promised):
-            raise CheckFailed(f"{name} has sha256 {found} where the Hub's cache says {promised}")
+        if re.fullmatch("[0-9a-f]{64}", promised) and promised != found:
+            raise _damaged(
+                f"{name} has sha256 {found} where the Hub's cache says {promised}", CheckFailed
+            )
         return found
+
+    def _json(self, name: str, error: type[PortkitError]) -> dict[str, Any]:
+        with reading(name):
+            raw = self.files.path(name).read_bytes()
+        return _json_object(raw, name, error)
 
     # -- shards ------------------------------------------------------------------------------
 
     def _sharded(
         self, index: str, header: Callable[[str], dict[str, TensorInfo]]
     ) -> dict[str, TensorInfo]:
-        weight_map = _json_object(self.files.path(index).read_bytes(), index, CheckpointError).get(
-            "weight_map"
-        )
+        weight_map = self._json(index, CheckpointError).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map from tensor names to files")
+            raise _damaged(f"{index} has no weight_map from tensor names to files")
+        for shard in weight_map.values():
+            _refuse_shard(shard, index)
         found: dict[str, TensorInfo] = {}
         for shard in dict.fromkeys(weight_map.values()):
-            _refuse_path_outside(shard, index)
             if not self.files.has(shard):
-                raise CheckpointError(f"{index} names {shard}, which {self.files.origin} lacks")
+                raise _damaged(f"{index} names {shard}, which {self.files.origin} lacks")
             for name, info in header(shard).items():
-                if name in found:
-                    raise CheckpointError(f"{name} is stored in {found[name].file} and in {shard}")
                 if weight_map.get(name) != shard:
                     listed = weight_map.get(name, "no file")
-                    raise CheckpointError(
-                        f"{name} is stored in {shard}; {index} lists {listed} for it"
-                    )
+                    raise _damaged(f"{name} is stored in {shard}; {index} lists {listed} for it")
                 found[name] = info
         for name, shard in weight_map.items():
             if name not in found:
-                raise CheckpointError(f"{index} lists {name} in {shard}, which does not hold it")
+                raise _damaged(f"{index} lists {name} in {shard}, which does not hold it")
         return found
 
     def _safetensors_header(self, name: str) -> dict[str, TensorInfo]:
@@ -249,7 +276,7 @@ class Checkpoint:
                     # The mapping outlives the handle through the tensors that view it.
                     self._open[file] = safe_open(path, framework="pt", device="cpu").get_tensor
                 except (SafetensorError, OSError) as error:
-                    raise CheckpointError(f"{file} cannot be read: {error}") from None
+                    raise _damaged(f"{file} cannot be read: {error}") from None
             else:
                 self._open[file] = _load_pickle(path).__getitem__
         return self._open[file]
@@ -261,23 +288,38 @@ def _parse_header(raw: bytes, file: str, file_bytes: int) -> dict[str, TensorInf
     found: dict[str, TensorInfo] = {}
     spans = []
     for name, entry in header.items():
+        _refuse_unprintable(name, file)
         try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            info = TensorInfo(name, tuple(map(int, shape)), dtype, end - begin, file)
-            itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else None
+            word, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            dtype = DTYPES.get(word)
         except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{file}: the header's entry for {name} makes no sense") from None
-        if min(info.shape, default=0) < 0 or (
-            itemsize is not None and math.prod(info.shape) * itemsize != info.num_bytes
-        ):
+            raise _damaged(
+                f"{file}: the header's entry for {name} makes no sense: {entry!r:.120}"
+            ) from None
+        if dtype is None:
             raise CheckpointError(
-                f"{file}: {name} of shape {list(info.shape)} in {dtype} cannot fill "
-                f"{info.num_bytes} bytes"
+                f"{file}: {name} is stored as {word!r:.60}; supported: {', '.join(DTYPES)}"
+            )
+        sizes = all(map(_is_size, (*shape, begin, end)))
+        if not sizes or math.prod(shape) * dtype.itemsize != end - begin:
+            raise _damaged(
+                f"{file}: {name} of shape {list(shape)!r:.60} in {word} cannot lie from byte "
+                f"{begin!r:.30} to {end!r:.30}"
             )
         spans.append((begin, end, name))
-        found[name] = info
+        found[name] = TensorInfo(name, shape, word, end - begin, file)
     _refuse_holes(sorted(spans), file, file_bytes - _LENGTH_BYTES - len(raw))
     return found
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _refuse_unprintable(name: object, file: str) -> None:
+    """Names are shown on terminals, which obey control characters."""
+    if not (isinstance(name, str) and name.isprintable()):
+        raise CheckpointError(f"{file}: {name!r:.60} is no name for a tensor; do not trust it")
 
 
 def _refuse_holes(spans: list[tuple[int, int, str]], file: str, data_bytes: int) -> None:
@@ -285,52 +327,69 @@ def _refuse_holes(spans: list[tuple[int, int, str]], file: str, data_bytes: int)
     expected = 0
     for begin, end, name in spans:
         if begin != expected:
-            raise CheckpointError(f"{file}: {name} begins at byte {begin} where {expected} is due")
+            raise _damaged(f"{file}: {name} begins at byte {begin} where {expected} is due")
         expected = end
     if expected != data_bytes:
         what = "truncated" if data_bytes < expected else "longer than its header says"
+        raise _damaged(f"{file} is {what}: its tensors take {expected} bytes, it has {data_bytes}")
+
+
+def _refuse_shard(shard: object, index: str) -> None:
+    """A shard's name comes from a file that somebody else wrote: it must stay in the folder.
+
+    A subfolder is inside. What the name leads to may be a link: the folder's owner made that.
+    """
+    if not isinstance(shard, str):
+        raise _damaged(f"{index} names {shard!r:.60}, which is no file")
+    suffix = Path(index.removesuffix(".index.json")).suffix
+    windows = PureWindowsPath(shard)  # which also splits at /
+    if ".." in windows.parts or windows.drive or windows.root:
         raise CheckpointError(
-            f"{file} is {what}: its tensors take {expected} bytes, it has {data_bytes}; fetch it again"
+            f"{index} names {shard!r}, which leaves the checkpoint's folder; do not trust it"
         )
-
-
-def _refuse_path_outside(shard: object, index: str) -> None:
-    """A shard's name comes from a file that somebody else wrote: it must stay in the folder."""
-    parts = PurePosixPath(shard).parts if isinstance(shard, str) else ("..",)
-    windows = PureWindowsPath(str(shard))
-    if ".." in parts or "/" in parts or ".." in windows.parts or windows.drive or windows.root:
-        raise CheckpointError(f"{index} names {shard!r}, which leaves the checkpoint's folder")
+    # By the suffix it is decided how a file is read: a pickle must not come in by another's name.
+    if not shard.endswith(suffix) or not shard.isprintable():
+        raise _damaged(f"{index} names {shard!r:.60}, which is no {suffix} file")
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
+    mmap = zipfile.is_zipfile(path)  # what torch wrote before 1.6 is not
     try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        loaded = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # torch raises many kinds here, none of them documented
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path.name} cannot be read as plain tensors: {reason}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise CheckpointError(f"{path.name} is not a mapping from names to tensors")
+        # Its text recommends to load without weights_only, which is what must not be done.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"asks for {wanted[1]}" if wanted else "is damaged or no pickle of tensors"
+        raise CheckpointError(f"{path.name} {reason}; take a safetensors copy") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path.name} does not map names to tensors; take a safetensors copy")
+    for name, tensor in loaded.items():
+        _refuse_unprintable(name, path.name)
+        if not (isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_cpu):
+            raise CheckpointError(
+                f"{path.name}: {name} is no plain tensor; take a safetensors copy"
+            )
     return loaded
 
 
-def _json_object(raw: bytes, what: str, error: type[Exception]) -> dict[str, Any]:
+def _damaged(what: str, error: type[PortkitError] = CheckpointError) -> PortkitError:
+    return error(f"{what}; fetch the checkpoint again")
+
+
+def _json_object(raw: bytes, what: str, error: type[PortkitError]) -> dict[str, Any]:
     """Parse a JSON object, refusing a key that stands twice: one of the two would be lost."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            twice = next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)
-            raise error(f"{what} holds {twice} twice")
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise _damaged(f"{what} holds {twice} twice", error)
         return found
 
     try:
         parsed = json.loads(raw, object_pairs_hook=unique)
     except (ValueError, RecursionError) as problem:
-        raise error(f"{what} is not JSON ({problem})") from None
+        raise _damaged(f"{what} is not JSON ({problem})", error) from None
     if not isinstance(parsed, dict):
-        raise error(f"{what} must be a JSON object, not {type(parsed).__name__}")
+        raise _damaged(f"{what} must be a JSON object, not {type(parsed).__name__}", error)
     return parsed
-
-
-def _is_hex(text: str) -> bool:
-    return all(character in "0123456789abcdef" for character in text)

@@ -7,7 +7,6 @@ may be the one that changes the arithmetic. Knows spellings, types and ranges; n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -15,6 +14,8 @@ from portkit.errors import InvalidConfig, UnsupportedConfig
 
 _REQUIRED: Final[Any] = object()
 _MAX_SIZE = 2**24  # beyond any released vocabulary or context; a larger number is a mistake
+_PUBLISHED = "take the file that was published with the weights"
+_MIN_NUMBER, _MAX_NUMBER = 1e-20, 1e20  # likewise; and arithmetic on what is between stays finite
 
 # Written by training and serving code; a forward pass in evaluation mode never depends on them.
 _BOOKKEEPING = frozenset(
@@ -112,14 +113,14 @@ class ConfigReader:
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A finite number above zero, as a float; `default` where the key is absent or null."""
+        """A number above zero, as a float; `default` where the key is absent or null."""
         value = self._value(key)
         if value is None:
             return self._default(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(key, value, "a number")
-        if not (math.isfinite(value) and value > 0):
-            raise self._wrong(key, value, "finite and above zero")
+        if not _MIN_NUMBER <= value <= _MAX_NUMBER:
+            raise self._wrong(key, value, f"between {_MIN_NUMBER:g} and {_MAX_NUMBER:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -162,7 +163,7 @@ class ConfigReader:
         """A nested object, read by a reader of its own."""
         value = self._value(key)
         if not isinstance(value, Mapping):
-            raise InvalidConfig(f"{self.where}: {key} must be an object, not {_short(value)}")
+            raise self._wrong(key, value, "an object")
         return ConfigReader(value, f"{self.where}, {key}", self._ignore)
 
     def finish(self) -> None:
@@ -190,8 +191,8 @@ class ConfigReader:
         """
         self._pin_partial_rotation()
         outer = self._value("rope_theta")
-        newer, older = self._value("rope_parameters"), self._value("rope_scaling")
-        given = older or newer or {}
+        newer, older = self._object("rope_parameters"), self._object("rope_scaling")
+        given = older or newer
         theta = default_theta if outer is None else outer
         return self.rope_parameters(given, "rope parameters", theta, max_position_embeddings)
 
@@ -208,23 +209,21 @@ class ConfigReader:
         each type, and a `rope_scaling` that holds for the layer type `scaled` alone.
         """
         self._pin_partial_rotation()
-        nested = self._value("rope_parameters")
-        scaling = self._value("rope_scaling")
+        nested, scaling = self._object("rope_parameters"), self._object("rope_scaling")
         legacy = {kind: self._value(key) for kind, key in legacy_theta_keys.items()}
-        if nested is not None:
-            if not isinstance(nested, Mapping) or not nested.keys() <= default_thetas.keys():
-                raise InvalidConfig(
-                    f"{self.where}: rope_parameters must be nested by layer type "
-                    f"({', '.join(default_thetas)}); a flat one would be silently without effect"
-                )
-            if scaling:
-                raise InvalidConfig(
-                    f"{self.where}: rope_scaling and rope_parameters are both given; keep one"
-                )
+        if not nested.keys() <= default_thetas.keys():
+            raise InvalidConfig(
+                f"{self.where}: rope_parameters must be nested by layer type "
+                f"({', '.join(default_thetas)}); a flat one would be silently without effect"
+            )
+        if nested and scaling:
+            raise InvalidConfig(
+                f"{self.where}: rope_scaling and rope_parameters are both given; keep one"
+            )
         found = {}
         for kind, default_theta in default_thetas.items():
             theta = default_theta if legacy[kind] is None else legacy[kind]
-            given = (nested or {}).get(kind) or (scaling if kind == scaled else None) or {}
+            given = nested.get(kind, scaling if kind == scaled else {})
             where = f"rope parameters of {kind}"
             found[kind] = self.rope_parameters(given, where, theta, max_position_embeddings)
         return found
@@ -236,13 +235,14 @@ class ConfigReader:
         if not isinstance(given, Mapping):
             raise InvalidConfig(f"{self.where}: {what} must be an object, not {_short(given)}")
         reader = ConfigReader({"rope_theta": theta, **given}, f"{self.where}, {what}", self._ignore)
+        for key in ("rope_type", "type"):
+            reader.pin(key, *_ROPE_TYPES, because="no other rotation is ported")
         named = {reader._value(key) for key in ("rope_type", "type")} - {None} or {"default"}
-        rope_type = named.pop()
-        if rope_type not in _ROPE_TYPES or named:
-            raise UnsupportedConfig(
-                f"{reader.where}: rope_type is {_short(rope_type)}; supported: "
-                f"{', '.join(_ROPE_TYPES)}"
+        if len(named) > 1:
+            raise InvalidConfig(
+                f"{reader.where}: rope_type and type contradict each other; keep one"
             )
+        rope_type = named.pop()
         required, optional = _ROPE_TYPES[rope_type]
         found: dict[str, Any] = {"rope_type": rope_type, "rope_theta": reader.number("rope_theta")}
         for key in (*required, *optional):
@@ -255,6 +255,12 @@ class ConfigReader:
         if rope_type in _NEEDS_ORIGINAL_LENGTH:
             found["original_max_position_embeddings"] = (
                 found["original_max_position_embeddings"] or max_position_embeddings
+            )
+        if found["rope_theta"] <= 1:
+            raise reader._wrong("rope_theta", found["rope_theta"], "above 1")
+        if rope_type == "llama3" and found["low_freq_factor"] >= found["high_freq_factor"]:
+            raise reader._wrong(
+                "low_freq_factor", found["low_freq_factor"], "below high_freq_factor"
             )
         reader.pin("partial_rotary_factor", 1.0, because="every channel of a head is rotated")
         reader.finish()
@@ -275,9 +281,15 @@ class ConfigReader:
         self._read.add(key)
         return None if key in self._ignore else self.raw.get(key)
 
+    def _object(self, key: str) -> Mapping[str, Any]:
+        value = self._value(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self._wrong(key, value, "an object")
+        return value or {}
+
     def _default(self, key: str, default: Any) -> Any:
         if default is _REQUIRED:
-            raise InvalidConfig(f"{self.where}: {key} is missing, and the model needs it")
+            raise InvalidConfig(f"{self.where}: {key} is missing; {_PUBLISHED}")
         return default
 
     def _wrong(self, key: str, value: Any, wanted: str) -> InvalidConfig:
@@ -291,10 +303,17 @@ def check_heads(
     if num_attention_heads % num_key_value_heads:
         raise InvalidConfig(
             f"{where}: num_attention_heads {num_attention_heads} is not a multiple of "
-            f"num_key_value_heads {num_key_value_heads}"
+            f"num_key_value_heads {num_key_value_heads}; {_PUBLISHED}"
+        )
+    if num_attention_heads * head_dim > _MAX_SIZE:
+        raise InvalidConfig(
+            f"{where}: num_attention_heads {num_attention_heads} times head_dim {head_dim} must be "
+            f"at most {_MAX_SIZE}; {_PUBLISHED}"
         )
     if head_dim % 2:
-        raise InvalidConfig(f"{where}: head_dim {head_dim} is odd; rotation pairs channels")
+        raise InvalidConfig(
+            f"{where}: head_dim {head_dim} is odd, and rotation pairs channels; {_PUBLISHED}"
+        )
 
 
 def default_head_dim(where: str, hidden_size: int, num_attention_heads: int) -> int:
@@ -302,7 +321,7 @@ def default_head_dim(where: str, hidden_size: int, num_attention_heads: int) -> 
     if hidden_size % num_attention_heads:
         raise InvalidConfig(
             f"{where}: hidden_size {hidden_size} is not a multiple of num_attention_heads "
-            f"{num_attention_heads}, and head_dim is not given"
+            f"{num_attention_heads}, and head_dim is not given; {_PUBLISHED}"
         )
     return hidden_size // num_attention_heads
 

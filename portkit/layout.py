@@ -48,8 +48,9 @@ def new_folder(directory: Path, needed_bytes: int = 0) -> Iterator[Path]:
             else:
                 partial.rename(target)
     except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ExportError(
-            f"cannot write {directory}: {error}; nothing was left there: make room, or name another"
+            f"cannot write {directory}: {reason}; nothing was left there; make room or name another"
         ) from error
 
 

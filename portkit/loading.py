@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +22,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from portkit.architecture import Architecture, CausalLM
-from portkit.checkpoint import DTYPES, Checkpoint, Files, LocalFiles
+from portkit.checkpoint import DTYPES, Checkpoint, Files, LocalFiles, reading
 from portkit.config import ConfigReader
-from portkit.errors import HubError, Mismatch, PortkitError
+from portkit.errors import CheckpointError, HubError, Mismatch, PortkitError
 from portkit.hub import RemoteFiles
 from portkit.registry import architecture_of
 from portkit.weights import Drop, Plan, Tied
@@ -62,13 +62,20 @@ class Blueprint:
         plan = self.architecture.weight_map.plan(
             self.skeleton, {name: info.shape for name, info in tensors.items()}
         )
-        for claim in plan.claims:
-            for name in claim.sources:
-                if tensors[name].dtype not in _FLOATING:
-                    raise Mismatch(
-                        f"{name} is stored as {tensors[name].dtype}; supported: "
-                        f"{', '.join(sorted(_FLOATING))} (is the checkpoint quantised?)"
-                    )
+        copies = {tied.also_on_disk: tied.to for tied in plan.tied if tied.also_on_disk}
+        for name in (*(name for claim in plan.claims for name in claim.sources), *copies):
+            if tensors[name].dtype not in _FLOATING:
+                raise Mismatch(
+                    f"{name} is stored as {tensors[name].dtype}; supported: "
+                    f"{', '.join(sorted(_FLOATING))} (is the checkpoint quantised?)"
+                )
+        for name, to in copies.items():
+            found, wanted = tensors[name].shape, self.skeleton.get_parameter(to).shape
+            if found != wanted:
+                raise Mismatch(
+                    f"{name} is {list(found)} where {to}, which the config ties it to, is "
+                    f"{list(wanted)}"
+                )
         return plan
 
 
@@ -116,7 +123,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """A directory, or else a Hub repository; of the latter only files that are read are fetched."""
     directory = Path(repo)
-    if directory.is_dir():
+    with reading(str(repo)):
+        is_folder, is_file = directory.is_dir(), directory.is_file()
+    if is_file:
+        raise CheckpointError(f"{repo} is a file: give the folder that it is in")
+    if is_folder:
         if revision is not None:
             raise HubError(f"--revision {revision} goes with a Hub repository; {repo} is a folder")
         return Checkpoint(LocalFiles(directory), allow_pickle)
@@ -171,16 +182,17 @@ def materialize(
     plan = blueprint.plan
     checkpoint, model = blueprint.checkpoint, blueprint.skeleton
     compute_dtype, target = resolve_dtype(dtype, checkpoint), resolve_device(device)
+    modules = dict(model.named_modules())
     for claim in plan.claims:
         tensor = claim.assemble(checkpoint.read, compute_dtype, target)
-        _place(model, claim.parameter, nn.Parameter(tensor))
+        _place(modules, claim.parameter, nn.Parameter(tensor))
         advance()
     for name, buffer in model.named_buffers():  # constants of the config: held as the weights are
         module, _, attribute = name.rpartition(".")
-        model.get_submodule(module).register_buffer(
+        modules[module].register_buffer(
             attribute, buffer.to(target, compute_dtype), persistent=False
         )
-    notes = tuple(note for tied in plan.tied if (note := _tie(model, tied, checkpoint)))
+    notes = tuple(note for tied in plan.tied if (note := _tie(modules, tied, checkpoint)))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     read = [checkpoint.tensors[name] for claim in plan.claims for name in claim.sources]
     report = LoadReport(
@@ -198,7 +210,7 @@ def materialize(
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves out the random values that new modules fill themselves with.
+    """Leaves out the values that new modules fill themselves with.
 
     On the meta device there is nothing to fill, and trying imports torch's compiler: a second.
     """
@@ -209,20 +221,20 @@ class _Uninitialised(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
+        if func in (torch.zeros, torch.ones) and "device" not in kwargs:
+            func = torch.empty
         return func(*args, **kwargs)
 
 
 def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype to compute in; `auto` is the config's, else the one that most tensors have."""
-    if dtype != "auto":
-        return _compute_dtype(dtype)
-    config = checkpoint.config
-    for section in (config, config.get("text_config") or {}):
-        named = section.get("dtype") or section.get("torch_dtype")
-        if named is not None:
-            return _compute_dtype(str(named).removeprefix("torch."))
-    stored = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in _FLOATING)
-    return DTYPES[stored.most_common(1)[0][0]]
+    """The dtype to compute in; `auto` is the checkpoint's own. `PortkitError` on any other."""
+    word = _own_dtype(checkpoint) if dtype == "auto" else dtype
+    if word not in COMPUTE_DTYPES:
+        whose = "the checkpoint's own dtype" if dtype == "auto" else "dtype"
+        raise PortkitError(
+            f"{whose} is {word!r:.60}: choose one of {', '.join(COMPUTE_DTYPES)} with --dtype"
+        )
+    return COMPUTE_DTYPES[word]
 
 
 def resolve_device(device: str) -> torch.device:
@@ -239,27 +251,35 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _compute_dtype(word: str) -> torch.dtype:
-    if word not in COMPUTE_DTYPES:
-        raise PortkitError(f"dtype {word!r}: supported are {', '.join(COMPUTE_DTYPES)}")
-    return COMPUTE_DTYPES[word]
+def _own_dtype(checkpoint: Checkpoint) -> str:
+    """What the config says, else what most tensors have, else torch's default."""
+    config = checkpoint.config
+    for section in (config, config.get("text_config")):
+        if isinstance(section, Mapping):
+            named = section.get("dtype") or section.get("torch_dtype")
+            if named is not None:
+                return str(named).removeprefix("torch.")
+    tensors = checkpoint.tensors if checkpoint.has_weights else {}
+    stored = Counter(info.dtype for info in tensors.values() if info.dtype in _FLOATING)
+    return str(DTYPES[max(stored, key=stored.__getitem__, default="F32")]).removeprefix("torch.")
 
 
-def _tie(model: CausalLM, tied: Tied, checkpoint: Checkpoint) -> str | None:
+def _tie(modules: Mapping[str, nn.Module], tied: Tied, checkpoint: Checkpoint) -> str | None:
     """Share one parameter, unless both are on disk and differ: then say so and load the second."""
-    shared = model.get_parameter(tied.to)
+    shared = modules[""].get_parameter(tied.to)
     if tied.also_on_disk is not None:
         own = checkpoint.read(tied.also_on_disk).to(shared.device, shared.dtype)
         if not torch.equal(own, shared):
-            _place(model, tied.parameter, nn.Parameter(own))
+            _place(modules, tied.parameter, nn.Parameter(own))
             return (
                 f"{tied.also_on_disk} is stored and differs from {tied.to}: not tied, "
                 "although the config says so"
             )
-    _place(model, tied.parameter, shared)
+    _place(modules, tied.parameter, shared)
     return None
 
 
-def _place(model: CausalLM, name: str, parameter: nn.Parameter) -> None:
+def _place(modules: Mapping[str, nn.Module], name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in its module; `modules` are the model's by name, itself as ""."""
     module, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module), attribute, parameter)
+    setattr(modules[module], attribute, parameter)

@@ -36,8 +36,7 @@ class Tokenizer:
         self.config = config
         self.special_tokens = _special_tokens(config)
         self.bos_id = self._id_of("bos_token")
-        adds_bos = self.bos_id in backend.encode("").ids
-        self._lacks_bos = config.get("add_bos_token") is True and not adds_bos
+        self._wants_bos = config.get("add_bos_token") is True
 
     @classmethod
     def open(cls, files: Files) -> Tokenizer:
@@ -72,8 +71,11 @@ class Tokenizer:
         try:
             ids = list(self._backend.encode(text, add_special_tokens=special).ids)
         except (UnicodeEncodeError, TypeError) as error:
-            raise TokenizerError(f"the text is not valid Unicode: {_one_line(error)}") from error
-        if special and self._lacks_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            raise TokenizerError(
+                "the text is not valid Unicode, it holds half a surrogate pair or bytes that are "
+                "not UTF-8: give it in UTF-8"
+            ) from error
+        if special and self._wants_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
 
