@@ -36,7 +36,6 @@ class Tokenizer:
         self.config = config
         self.special_tokens = _special_tokens(config)
         self.bos_id = self._id_of("bos_token")
-        self._wants_bos = config.get("add_bos_token") is True
 
     @classmethod
     def open(cls, files: Files) -> Tokenizer:
@@ -63,21 +62,17 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of `text`; special tokens written out in it become their own ids.
 
-        With `special`, the file's post-processor adds what a prompt begins with (BOS, as a rule),
-        and where `add_bos_token` is true but the post-processor adds none, BOS is put in front.
-        Without, nothing is added: so goes a rendered chat template, which spells its own BOS.
+        With `special`, the file's post-processor adds what a prompt begins with (BOS, as a rule):
+        it alone decides, as it does for Transformers, whatever `add_bos_token` says. Without, nothing is added: so goes a rendered chat template, which spells its own BOS.
         Raises TokenizerError for text that is no Unicode (a lone surrogate).
         """
         try:
-            ids = list(self._backend.encode(text, add_special_tokens=special).ids)
+            return list(self._backend.encode(text, add_special_tokens=special).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise TokenizerError(
                 "the text is not valid Unicode, it holds half a surrogate pair or bytes that are "
                 "not UTF-8: give it in UTF-8"
             ) from error
-        if special and self._wants_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
-        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out, bytes that are no UTF-8 as U+FFFD.

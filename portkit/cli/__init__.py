@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = _say_error(str(error), error.exit_code)
     except (KeyboardInterrupt, Abort):
         code = _say_error("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read us has gone, as `head` does: silence stdout so that closing it cannot fail.
+    except (BrokenPipeError, SystemExit):
+        # Whoever read us has gone, as `head` does (typer exits by itself then, with 1): silence
+        # stdout so that closing it cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception:

@@ -52,6 +52,7 @@ IgnoreConfig = Annotated[
     typer.Option(
         "--ignore-config",
         metavar="KEY",
-        help="Go on although this key of config.json is not understood (may be repeated).",
+        help="Go on although this key of config.json, or of generation_config.json, is not "
+        "understood (may be repeated).",
     ),
 ]

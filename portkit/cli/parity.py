@@ -11,7 +11,6 @@ import typer
 
 from portkit.cli import options
 from portkit.cli.output import print_json, table
-from portkit.errors import ReferenceUnavailable
 
 if TYPE_CHECKING:
     from portkit.parity.compare import ParityResult
@@ -28,6 +27,7 @@ _EXIT = {"diverged": 1, "inconclusive": 3}
 
 def command(
     repo: options.Repo,
+    revision: options.Revision = None,
     dtype: options.DTypeOption = options.DType.auto,
     attention: options.AttentionOption = options.Attention.sdpa,
     gate: Annotated[
@@ -48,13 +48,10 @@ def command(
     from portkit.parity.reference import load_reference
 
     torch.set_num_threads(threads)
-    loaded = load(repo, dtype=dtype, device="cpu", attention=attention)
-    if not hasattr(loaded.files, "directory"):
-        raise ReferenceUnavailable(
-            f"{repo}: parity reads a folder; export it first: portkit load {repo} --export DIR"
-        )
-    torch_dtype = getattr(torch, loaded.report.dtype)
-    reference = load_reference(loaded.files.origin, torch_dtype, attention)
+    loaded = load(repo, revision=revision, dtype=dtype, device="cpu", attention=attention)
+    # What was just read lies in one folder, a repository's in the Hub's cache.
+    folder = loaded.files.path("config.json").parent
+    reference = load_reference(folder, getattr(torch, loaded.report.dtype), attention)
     looked_on = sys.stderr.isatty()
 
     def tell(name: str) -> None:

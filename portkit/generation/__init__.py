@@ -1,0 +1,1 @@
+"""Text from a loaded model: sampling, the decode loop, stop conditions."""

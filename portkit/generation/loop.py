@@ -1,0 +1,212 @@
+"""The decode loop: a left-padded batch of prompts, a prefill, and then token after token.
+
+Knows how a model and its cache are called, and when a row ends. Plain and right, not fast: rows
+that have ended are computed along until the last one ends. Prints nothing and reads no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from portkit.architecture import CausalLM
+from portkit.errors import GenerationError
+from portkit.generation.sampling import next_tokens
+from portkit.generation.settings import GenerationSettings
+from portkit.generation.streaming import TextStream
+from portkit.tokenizer import Tokenizer
+
+FinishReason = Literal["eos", "stop", "length", "context"]
+"""An EOS token; a stop string; as many tokens as asked for; the end of the model's context."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token of one row.
+
+    `text` is what has become certain with it: the texts of a row's steps in a row are its text,
+    without EOS and cut before a stop string. `finish_reason` is set on a row's last step.
+    """
+
+    row: int
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None
+
+
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    *,
+    context_length: int,
+    tokenizer: Tokenizer | None = None,
+    prefill_chunk: int | None = None,
+) -> Iterator[Step]:
+    """Continue each prompt (token ids); yields the steps of all unfinished rows in turn.
+
+    `context_length` is the number of positions that the model was made for: a row ends there, with
+    the reason "context". Without a `tokenizer` steps have no text. `prefill_chunk` feeds the
+    prompts so many tokens at a time, which takes less memory and changes last bits.
+
+    A row does not depend on its neighbours but for rounding: the padding is masked, its positions
+    count from its own first token, and it draws from a generator of its own.
+
+    Raises GenerationError at once for prompts that cannot be continued and for stop strings without
+    a tokenizer, and in the course of it where a model's logits are NaN.
+    """
+    if not prompts or not all(prompts):
+        raise GenerationError("an empty prompt cannot be continued: give at least one token")
+    longest = max(map(len, prompts))
+    if longest >= context_length:
+        raise GenerationError(
+            f"a prompt of {longest} tokens leaves no room in a context of {context_length}: "
+            "shorten it"
+        )
+    if settings.stop and tokenizer is None:
+        raise GenerationError("stop strings are found in text: give a tokenizer with them")
+    if settings.max_length is not None and longest >= settings.max_length:
+        raise GenerationError(
+            f"a prompt of {longest} tokens exceeds max_length {settings.max_length}: shorten it or "
+            "give --max-new-tokens"
+        )
+    assert prefill_chunk is None or prefill_chunk > 0
+    rows = [
+        _Row(index, prompt, settings, context_length, tokenizer)
+        for index, prompt in enumerate(prompts)
+    ]
+    batch = _Batch(model, prompts, max(row.room for row in rows))
+    return _steps(batch, rows, settings, prefill_chunk)
+
+
+# As a decorator it holds between two yields only, not in the code that consumes the steps.
+@torch.inference_mode()
+def _steps(
+    batch: _Batch, rows: list[_Row], settings: GenerationSettings, prefill_chunk: int | None
+) -> Iterator[Step]:
+    logits = batch.prefill(prefill_chunk)
+    seen = batch.seen(logits.shape[-1]) if settings.repetition_penalty != 1 else None
+    generators = [
+        torch.Generator(logits.device).manual_seed(settings.seed + row.index) for row in rows
+    ]
+    while True:
+        if bool(logits.isnan().any()):
+            raise GenerationError(
+                "the model's logits are NaN: compute in a wider dtype (--dtype float32), or look "
+                "for damaged weights with `portkit load --check`"
+            )
+        tokens = next_tokens(logits, settings, seen, generators)
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        for row, token_id in zip(rows, tokens.tolist(), strict=True):
+            if row.finish_reason is None:
+                yield row.take(token_id)
+        if all(row.finish_reason for row in rows):
+            return
+        logits = batch.decode(tokens)
+
+
+class _Batch:
+    """The prompts, padded on the left to one length, and the cache that holds them."""
+
+    def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -> None:
+        device = next(model.parameters()).device
+        longest = max(map(len, prompts))
+        pads = [longest - len(prompt) for prompt in prompts]
+        # Which id pads does not matter, it is masked; 0 is in every vocabulary.
+        padded = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+        self._model = model
+        self._input_ids = torch.tensor(padded, device=device)
+        self._pads = torch.tensor(pads, device=device)[:, None]
+        # The last token that a row gets is not fed to the model any more.
+        self._slots = torch.arange(longest + room - 1, device=device)
+        self._real = self._slots >= self._pads if any(pads) else None
+        self._cache = model.new_cache(len(prompts), len(self._slots))
+
+    def prefill(self, chunk: int | None) -> Tensor:
+        """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
+        num_tokens = self._input_ids.shape[1]
+        for start in range(0, num_tokens, chunk or num_tokens):
+            hidden_states = self._feed(self._input_ids[:, start : start + (chunk or num_tokens)])
+        return self._last_logits(hidden_states)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Logits (batch, vocab) after one more token (batch,) in each row."""
+        return self._last_logits(self._feed(tokens[:, None]))
+
+    def seen(self, vocab_size: int) -> Tensor:
+        """Which tokens are in each prompt, bool (batch, vocab_size)."""
+        seen = torch.zeros(
+            len(self._input_ids), vocab_size + 1, dtype=torch.bool, device=self._input_ids.device
+        )
+        real = self._slots[: self._input_ids.shape[1]] >= self._pads
+        # Padding goes to a column of its own, which is then cut off.
+        seen.scatter_(1, self._input_ids.masked_fill(~real, vocab_size), True)
+        return seen[:, :-1].contiguous()
+
+    def _feed(self, input_ids: Tensor) -> Tensor:
+        past, end = self._cache.length, self._cache.length + input_ids.shape[1]
+        hidden_states = self._model.hidden_states(
+            input_ids,
+            positions=(self._slots[past:end] - self._pads).clamp(min=0),
+            cache=self._cache,
+            attention_mask=None if self._real is None else self._real[:, :end],
+        )
+        self._cache.advance(input_ids.shape[1])
+        return hidden_states
+
+    def _last_logits(self, hidden_states: Tensor) -> Tensor:
+        # The head reads one position only: all of them would be gigabytes for a long prompt.
+        return self._model.logits(hidden_states[:, -1:])[:, -1]
+
+
+class _Row:
+    """One prompt's continuation: how far it is, and whether it has ended."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        context_length: int,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.index = index
+        self.room, self._why_no_more = _room(len(prompt), settings, context_length)
+        self.finish_reason: FinishReason | None = None
+        self._eos_token_ids = settings.eos_token_ids
+        self._text = (
+            None if tokenizer is None else TextStream(tokenizer.stream(after=prompt), settings.stop)
+        )
+
+    def take(self, token_id: int) -> Step:
+        """The next token as a step; sets `finish_reason` if it is the row's last."""
+        self.room -= 1
+        text = ""
+        if token_id in self._eos_token_ids:
+            self.finish_reason = "eos"
+        else:
+            text = self._text.push(token_id) if self._text else ""
+            self.finish_reason = self._why_no_more if self.room == 0 else None
+        if self._text:
+            if self.finish_reason:
+                text += self._text.finish()
+            if self._text.stopped:
+                self.finish_reason = "stop"
+        return Step(self.index, token_id, text, self.finish_reason)
+
+
+def _room(
+    prompt_length: int, settings: GenerationSettings, context_length: int
+) -> tuple[int, FinishReason]:
+    """How many tokens may follow a prompt, and why no more."""
+    room = settings.max_new_tokens
+    if settings.max_length is not None:
+        room = min(room, settings.max_length - prompt_length)
+    if context_length - prompt_length < room:
+        return context_length - prompt_length, "context"
+    return room, "length"
