@@ -63,7 +63,8 @@ class Tokenizer:
         """The ids of `text`; special tokens written out in it become their own ids.
 
         With `special`, the file's post-processor adds what a prompt begins with (BOS, as a rule):
-        it alone decides, as it does for Transformers, whatever `add_bos_token` says. Without, nothing is added: so goes a rendered chat template, which spells its own BOS.
+        it alone decides, as it does for Transformers, whatever `add_bos_token` says. Without,
+        nothing is added: so goes a rendered chat template, which spells its own BOS.
         Raises TokenizerError for text that is no Unicode (a lone surrogate).
         """
         try:

@@ -334,7 +334,10 @@ def _refuse(missing: list[str], unexpected: list[str], misshapen: list[str]) -> 
         if names
     ]
     if complaints:
-        raise Mismatch("the checkpoint does not fit its config: " + "; ".join(complaints))
+        raise Mismatch(
+            f"the checkpoint does not fit its config: {'; '.join(complaints)}; take config and "
+            "weights of one release"
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = app(args=argv, prog_name="portkit", standalone_mode=False) or 0
     except Exit as exit_:
         code = exit_.exit_code
+        if code == INTERRUPTED:  # which typer makes of Ctrl-C
+            _say_error("interrupted", code)
     except TyperException as error:
         code = _say_error(error.format_message(), 2)
     except PortkitError as error:
@@ -73,13 +75,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # stdout so that closing it cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # a full disk behind stdout, a folder that may not be read
+        code = _say_error(str(error), 2)
     except Exception:
         code = _say_error(_keep_traceback(), INTERNAL_ERROR)
     sys.exit(code)
 
 
 def _say_error(message: str, code: int) -> int:
-    print("portkit: error: " + " ".join(message.split()), file=sys.stderr)
+    # Names out of foreign files may hold what a terminal would obey.
+    shown = (c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print("portkit: error: " + "".join(shown), file=sys.stderr)
     return code
 
 

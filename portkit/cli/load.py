@@ -43,8 +43,11 @@ def command(
     from portkit.exporting import export
     from portkit.loading import draw, materialize, open_checkpoint
 
+    if dry_run and (check or export_to is not None):
+        raise typer.BadParameter("--dry-run reads no tensor: leave out --check and --export")
     checkpoint = open_checkpoint(repo, revision, allow_pickle)
     blueprint = draw(checkpoint, ignore_config=ignore_config or ())
+    num_parameters = len(blueprint.plan.claims)  # a misfit is said before every byte is read
     if dry_run:
         _print_plan(blueprint, json)
         return
@@ -52,7 +55,7 @@ def command(
     if check:
         with progress_bar("check", len(checkpoint.tensors)) as advance:
             digests = checkpoint.check(advance)
-    with progress_bar("load", len(blueprint.plan.claims)) as advance:
+    with progress_bar("load", num_parameters) as advance:
         loaded = materialize(blueprint, dtype, device, advance)
     if export_to is not None:
         export(loaded, export_to)

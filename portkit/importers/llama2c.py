@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portkit.errors import ImportFormatError
 from portkit import layout
+from portkit.errors import ImportFormatError
 from portkit.importers.llama2c_tokenizer import read_llama2c_tokenizer
 from portkit.importers.sentencepiece import read_sentencepiece
 from portkit.importers.vocabulary import BOS_ID, EOS_ID, UNK_ID, Vocabulary, to_tokenizer
