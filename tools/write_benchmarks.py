@@ -1,6 +1,7 @@
 """Write docs/benchmarks.md from what the benchmarks measured:
 
-    make bench BENCH_OPTIONS=--benchmark-json=build/benchmarks.json
+    mkdir -p build
+    PYTEST_ADDOPTS=--benchmark-json=build/benchmarks.json make bench
     python tools/write_benchmarks.py build/benchmarks.json [--out docs/benchmarks.md]
 
 Knows the page and the fields that parity_tests/benchmarks stores; measures nothing itself.
@@ -19,10 +20,12 @@ PAGE = """# Benchmarks
 Written by `tools/write_benchmarks.py` from a run of `make bench`; not by hand. Both sides run in
 turn on the same machine, medians are compared, and what counts is the ratio.
 
-Checkpoint: random bfloat16 weights in the size of Gemma 3 270M ({file_bytes:,} bytes), in the page
-cache. Machine: {cores} cores, {system}. Versions: {versions}.
+- checkpoint: random bfloat16 weights in the size of Gemma 3 270M, {file_bytes:,} bytes, in the page
+  cache
+- machine: {cores} cores, {system}
+- versions: {versions}
 
-| what | portkit | against | seconds | ratio | target |
+| what | portkit | against | takes | ratio | target |
 |---|---:|---|---:|---:|---:|
 {rows}
 
@@ -35,7 +38,9 @@ def page(run: dict[str, Any]) -> str:
     """The page as Markdown. `run` is pytest-benchmark's JSON."""
     machine = run["machine_info"]
     found = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
-    memory = next(one for one in found if "added_bytes" in one)
+    memory = next((one for one in found if "added_bytes" in one), None)
+    if memory is None:
+        raise SystemExit("the run lacks the checkpoint's benchmarks: set PORTKIT_DATA for it")
     rows = [
         f"| {one['what']} | {one['ours_s']:.3f} s | {one['against']} | {one['theirs_s']:.3f} s "
         f"| {one['ratio']:.2f} | {one['target']:.2f} |"

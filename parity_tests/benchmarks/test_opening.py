@@ -78,7 +78,7 @@ def test_opening_at_the_stored_dtype(
         return AutoModelForCausalLM.from_pretrained(released_size, local_files_only=True)
 
     found = compare(lambda: load(released_size, device="cpu"), theirs, 15)
-    record(benchmark, "open in a running process", "from_pretrained", 0.5, found)
+    record(benchmark, "open in a running process", "`from_pretrained`", 0.5, found)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="asks Linux for its pages")

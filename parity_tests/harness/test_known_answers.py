@@ -105,3 +105,4 @@ def test_a_changed_parameter_is_found_before_anything_runs(
         loaded.model.get_parameter("model.layers.2.mlp.up_proj.weight")[0, 0] += 1e-6
     first = run(loaded).culprits[0]
     assert first.site == "model.layers.2.mlp.up_proj.weight (parameter)"
+    assert (first.kind, first.passes) == ("function", ("as loaded",))

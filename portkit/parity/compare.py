@@ -18,7 +18,7 @@ from portkit.architecture import CausalLM
 from portkit.loading import LoadedModel
 from portkit.nn.cache import Cache
 from portkit.parity.judge import Judgement, Verdict, judge, overall
-from portkit.parity.ledger import Ledger, SiteAccount, difference, rows
+from portkit.parity.ledger import Ledger, PassRecord, SiteAccount, difference, rows
 from portkit.parity.local import (
     Calls,
     Taught64,
@@ -140,7 +140,9 @@ class _Comparison:
             elif held.shape != ours.shape or held.dtype != ours.dtype:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
             elif not torch.equal(ours, held):
-                account.misshapen = "holds other values"
+                gap = (ours.double() - held.double()).abs()
+                record = PassRecord("as loaded", int((ours != held).sum()), float(gap.max()), [])
+                account.unequal.append(record)
 
     @torch.no_grad()
     def run(self, one: Pass) -> None:
