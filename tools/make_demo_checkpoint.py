@@ -64,7 +64,7 @@ CONFIG: dict[str, Any] = {
     "layer_types": [SLIDING, SLIDING, SLIDING, FULL, SLIDING, FULL],
     "max_position_embeddings": CONTEXT,
     "model_type": "gemma3_text",
-    "num_attention_heads": 6,
+    "num_attention_heads": 8,
     "num_hidden_layers": 6,
     "num_key_value_heads": 2,
     "pad_token_id": PAD,
@@ -324,7 +324,7 @@ def main() -> None:
         description="Make portkit's demo checkpoint: text, tokenizer, training, folder, card."
     )
     parser.add_argument("--out", type=Path, default=ROOT / "portkit" / "demo_checkpoint")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
