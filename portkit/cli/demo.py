@@ -43,7 +43,7 @@ def command(
         report = loaded.report
         if not json:
             print(
-                f"1. load      {loaded.architecture.summary}: {report.parameters:,} parameters, "
+                f"1. load      {loaded.architecture.model_type}: {report.parameters:,} parameters, "
                 f"{plural(report.tensors, 'tensor')}, {human_bytes(report.bytes)} in "
                 f"{report.seconds * 1000:.0f} ms; every tensor accounted for\n"
             )
