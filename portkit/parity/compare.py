@@ -125,6 +125,7 @@ class _Comparison:
             if any(True for _ in module.children())
         }
 
+    @torch.no_grad()
     def compare_parameters(self) -> None:
         """Both sides read the same file, each by its own map: what they hold is compared first."""
         theirs = {
