@@ -254,7 +254,15 @@ class WeightMap:
         )
         accounted = read | {one.also_on_disk for one in tied} | {one.source for one in dropped}
         unexpected = [name for name in header if name not in accounted]
-        _refuse(missing, unexpected, _misshapen(claims, header))
+        wanted = {
+            name: shape
+            for claim in claims
+            for name, shape in zip(claim.sources, claim.source_shapes, strict=True)
+        }
+        for one in tied:
+            if one.also_on_disk:
+                wanted[one.also_on_disk] = tuple(parameters[one.to].shape)
+        _refuse(missing, unexpected, _misshapen(wanted, header))
         return Plan(tuple(claims), tied, dropped)
 
     def _canonical_names(self, header: Iterable[str]) -> dict[str, str]:
@@ -314,12 +322,11 @@ def _template(text: str) -> Template:
     return Template(text)
 
 
-def _misshapen(claims: Sequence[Claim], header: Mapping[str, Shape | None]) -> list[str]:
+def _misshapen(wanted: Mapping[str, Shape], header: Mapping[str, Shape | None]) -> list[str]:
     return [
-        f"{name} is {list(found)} where the config makes it {list(wanted)}"
-        for claim in claims
-        for name, wanted in zip(claim.sources, claim.source_shapes, strict=True)
-        if (found := header[name]) is not None and found != wanted
+        f"{name} is {list(found)} where the config makes it {list(shape)}"
+        for name, shape in wanted.items()
+        if (found := header[name]) is not None and found != shape
     ]
 
 

@@ -74,7 +74,6 @@ def compare(
     loaded: LoadedModel,
     reference: Reference,
     probe: Probe,
-    not_verified: tuple[NotVerified, ...] = (),
     tell: Tell = lambda _: None,
 ) -> ParityResult:
     """Run `probe` on both sides and judge every site. `tell` is given a line for each pass."""
@@ -86,11 +85,10 @@ def compare(
     judgements = tuple(map(judge, comparison.ledger.sites.values()))
     assert judgements, "nothing was compared"
     return ParityResult(
-        overall(judgements, inconclusive=False),
+        overall(judgements),
         judgements,
         comparison.ledger.sites,
-        not_verified
-        + tuple(
+        tuple(
             NotVerified(f"{name}: the same function", f"the port cannot run in float64: {reason}")
             for name, reason in comparison.unasked.items()
         ),
@@ -159,7 +157,6 @@ class _Comparison:
         port_calls = self._run_taught(one, trace, local)
         for name in trace:
             account = self._account(name)
-            account.num_passes += 1
             account.missing = account.missing or name not in local.seen
         self._judge_in_float64(one, trace, local, reference_calls, port_calls)
 

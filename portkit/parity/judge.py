@@ -27,7 +27,6 @@ MIN_POOLED = 64
 class Verdict(StrEnum):
     exact = "exact"
     rounding = "rounding"
-    inconclusive = "inconclusive"
     diverged = "diverged"
 
 
@@ -58,13 +57,11 @@ def judge(site: SiteAccount) -> Judgement:
     return Judgement(site.name, verdict, kind, local_error, floor, function_error, channel, passes)
 
 
-def overall(judgements: Iterable[Judgement], inconclusive: bool) -> Verdict:
-    """diverged before inconclusive before rounding before exact."""
+def overall(judgements: Iterable[Judgement]) -> Verdict:
+    """diverged before rounding before exact."""
     found = {one.verdict for one in judgements}
     if Verdict.diverged in found:
         return Verdict.diverged
-    if inconclusive:
-        return Verdict.inconclusive
     return Verdict.rounding if Verdict.rounding in found else Verdict.exact
 
 

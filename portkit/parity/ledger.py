@@ -71,7 +71,6 @@ class SiteAccount:
     dims: str
     is_glue: bool
     """What is compared here is the work of code between modules."""
-    num_passes: int = 0
     unequal: list[PassRecord] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     """Passes in which the free-running port differed here."""
