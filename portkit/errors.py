@@ -46,6 +46,14 @@ class ReferenceUnavailable(PortkitError):
     """The reference implementation is missing or cannot load this checkpoint faithfully."""
 
 
+class ProbeError(PortkitError):
+    """A probe that cannot be read, or that a model cannot be asked: no such token or position."""
+
+
+class OutOfMemory(PortkitError):
+    """The machine's memory does not hold what was asked for; says what asks for less."""
+
+
 class Mismatch(PortkitError):
     """A readable checkpoint that does not fit its config: tensors missing, extra or misshapen."""
 
