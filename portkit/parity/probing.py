@@ -180,7 +180,7 @@ def _features(model: CausalLM) -> Iterable[_Feature]:
             scaled = f"{name} beyond {original} positions, where its scaling sets in"
             yield _Feature(scaled, f"position from {original} on", _reaching(original))
     end = context - 1
-    yield _Feature(f"positions up to {end}", "position at the end of it", _reaching(end))
+    yield _Feature(f"positions up to {end}", "position at the end of the context", _reaching(end))
 
 
 def _reaching(position: int) -> Callable[[Pass, int], bool]:
