@@ -31,7 +31,9 @@ class Kind:
         return min(num_tokens, self.num_slots)
 
     def mask(self, past: int, pads: Tensor) -> Tensor:
-        """What the token after `past` others sees, (batch, 1, 1, filled), pads (batch, 1) left out.
+        """Which slots the token after `past` others sees: bool (batch, 1, 1, filled).
+
+        `pads`, int64 (batch, 1), says how many tokens of each row are padding.
         """
         slots = torch.arange(self.num_filled(past + 1), device=pads.device)
         if self.ring:  # the last token that went to each slot
@@ -40,28 +42,32 @@ class Kind:
 
 
 class StaticCache:
-    """Keys and values of all layers, each with slots of its own, for `batch` rows of a length."""
+    """Keys and values of all layers, each with slots of its own, for the rows of `empty`.
 
-    def __init__(self, layers: tuple[LayerCache, ...], length: int) -> None:
-        kinds = [_kind(layer, length) for layer in layers]
+    `empty` is the cache that the family chose, which holds a prompt until this takes it over;
+    `length` is how many tokens are to be held.
+    """
+
+    def __init__(self, empty: Cache, length: int) -> None:
+        self.batch = empty.batch
+        kinds = [_kind(layer, length) for layer in empty.layers]
         self.kinds = tuple(dict.fromkeys(kinds))
         """The different kinds that the layers have."""
         self.kind_of_layer = tuple(self.kinds.index(kind) for kind in kinds)
-        self._layers = layers
+        self._layers = empty.layers
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def num_bytes(self, batch: int, itemsize: int) -> int:
-        """Bytes of all slots."""
-        return sum(
-            2 * kind.num_slots * batch * layer.num_key_value_heads * layer.head_dim * itemsize
-            for layer, kind in zip(
-                self._layers, (self.kinds[k] for k in self.kind_of_layer), strict=True
-            )
+    def num_bytes(self, itemsize: int) -> int:
+        """Bytes of all slots of `itemsize`-byte numbers."""
+        slots = [self.kinds[index].num_slots for index in self.kind_of_layer]
+        return self.batch * sum(
+            2 * num_slots * layer.num_key_value_heads * layer.head_dim * itemsize
+            for layer, num_slots in zip(self._layers, slots, strict=True)
         )
 
     def take(self, cache: Cache, dtype: torch.dtype, device: torch.device) -> None:
-        """Hold what the readable path's cache holds after its prefill."""
+        """Hold what the readable path's cache holds after a prefill."""
         for layer, kind in zip(cache.layers, self.kind_of_layer, strict=True):
             heads, head_dim = layer.num_key_value_heads, layer.head_dim
             nothing = torch.empty(cache.batch, heads, 0, head_dim, dtype=dtype, device=device)

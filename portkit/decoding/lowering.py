@@ -8,7 +8,7 @@ but constants.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -78,11 +78,11 @@ class Program:
     regions: tuple[Region, ...]
     head: Region
     tables: tuple[Table, ...]
-    constants: dict[str, Tensor]
     hidden: Value
 
 
 INPUT_IDS = Value("input_ids")
+_MAX_LAYERS_PER_REGION = 8
 
 
 @dataclass
@@ -90,7 +90,7 @@ class _Draft:
     """The step's graph while it is rewritten, and the constants found on the way."""
 
     graph: fx.Graph
-    parameters: dict[str, Tensor]
+    parameters: Mapping[str, Tensor]
     constants: dict[str, Tensor] = field(default_factory=dict)
     stacks: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -98,39 +98,57 @@ class _Draft:
         return Weight(self.stacks.get(name, (name,)))
 
 
-def lower(
-    graphs: StepGraphs,
-    parameters: dict[str, Tensor],
-    kinds: Sequence[int],
-    *,
-    masked: bool,
-    layers_per_region: int,
-) -> Program:
-    """Regions of a traced step. `kinds` says of each layer which kind of cache it has; `masked`
-    whether attention gets a mask. `parameters` are the model's, with its buffers, by name.
-    """
-    draft = _Draft(graphs.hidden, parameters)
-    head = _Draft(graphs.logits, parameters)
-    for one in (draft, head):
-        _fold_constants(one)
-        _stack_projections(one)
-    tables = _take_tables(draft.graph, graphs.modules)
-    segments = _segments(draft.graph, layers_per_region)
-    wanted = {node: segment for segment, nodes in enumerate(segments) for node in nodes}
-    regions = tuple(_region(draft, nodes, wanted, kinds, masked) for nodes in segments)
-    logits = _region(head, list(_body(head.graph)), {}, kinds, masked)
-    (hidden,) = _outputs(draft.graph)
-    return Program(
-        regions, logits, tables, draft.constants | head.constants, Value(hidden.name)
+class Step:
+    """A traced step, made ready to be cut into regions; weights are named, nothing is placed."""
+
+    def __init__(self, graphs: StepGraphs, parameters: Mapping[str, Tensor]) -> None:
+        self._hidden, self._logits = (
+            _Draft(graph, parameters) for graph in (graphs.hidden, graphs.logits)
+        )
+        for one in (self._hidden, self._logits):
+            _fold_constants(one)
+            _stack_projections(one)
+        self._tables = _take_tables(self._hidden.graph, graphs.modules)
+        self.constants = self._hidden.constants | self._logits.constants
+        """What was computed from the parameters, by name; 0-dimensional parameters as they are."""
+        used = dict.fromkeys(
+            draft.weight(str(node.target))
+            for draft in (self._hidden, self._logits)
+            for node in draft.graph.nodes
+            if node.op == "get_attr" and node.target not in draft.constants
+        )
+        scalars = [one for one in used if parameters[one.names[0]].dim() == 0]
+        self.constants |= {one.names[0]: parameters[one.names[0]] for one in scalars}
+        self.weights = tuple(one for one in used if one not in scalars)
+        """The parameters that are left, in the order of their use."""
+
+    def cut(self, kinds: Sequence[int], *, masked: bool) -> Program:
+        """Regions. `kinds` says of each layer which kind of cache it has; `masked` whether
+        attention gets a mask.
+        """
+        draft = self._hidden
+        segments = _segments(draft.graph, _layers_per_region(kinds))
+        regions = tuple(_region(draft, nodes, kinds, masked) for nodes in segments)
+        logits = _region(self._logits, list(_body(self._logits.graph)), kinds, masked)
+        (hidden,) = draft.graph.output_node().all_input_nodes
+        return Program(regions, logits, self._tables, Value(hidden.name))
+
+
+def _layers_per_region(kinds: Sequence[int]) -> int:
+    """Whole periods of the kinds' pattern, few enough to compile in a minute, alike if possible."""
+    num_layers = len(kinds)
+    period = next(
+        n
+        for n in range(1, num_layers + 1)
+        if all(kinds[i] == kinds[i - n] for i in range(n, num_layers))
     )
+    sizes = range(period, max(period, _MAX_LAYERS_PER_REGION) + 1, period)
+    even = [size for size in sizes if num_layers % size == 0]
+    return max(even or sizes)
 
 
 def _body(graph: fx.Graph) -> Iterator[fx.Node]:
     return (n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output"))
-
-
-def _outputs(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    return tuple(graph.output_node().all_input_nodes)
 
 
 def _fold_constants(draft: _Draft) -> None:
@@ -166,19 +184,18 @@ def _stack_projections(draft: _Draft) -> None:
     by_input: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
     for node in draft.graph.nodes:
         if node.op == "call_function" and node.target is F.linear:
-            x, weight, bias = (*node.args, *[None] * (3 - len(node.args)))
             assert not node.kwargs, "linear is called by position"
-            assert isinstance(weight, fx.Node) and weight.op == "get_attr"
+            x, _, bias = _operands(node)
             by_input.setdefault((x, bias is None), []).append(node)
     for (x, plain), group in by_input.items():
+        weights, biases = [_operands(node)[1] for node in group], [_operands(n)[2] for n in group]
         with draft.graph.inserting_before(group[0]):
-            weight = _stacked(draft, [node.args[1] for node in group])
-            bias = None if plain else _stacked(draft, [node.args[2] for node in group])
-            whole = draft.graph.call_function(project, (x, weight, bias))
+            bias = None if plain else _stacked(draft, biases)
+            whole = draft.graph.call_function(project, (x, _stacked(draft, weights), bias))
             whole.meta.update(group[0].meta)
             start = 0
-            for node in group:
-                size = draft.parameters[node.args[1].target].shape[0]
+            for node, weight in zip(group, weights, strict=True):
+                size = len(draft.parameters[weight.target])
                 part = whole
                 if len(group) > 1:
                     part = draft.graph.call_method("narrow", (whole, -1, start, size))
@@ -186,6 +203,12 @@ def _stack_projections(draft: _Draft) -> None:
                 node.replace_all_uses_with(part)
                 start += size
     _prune(draft.graph)
+
+
+def _operands(linear: fx.Node) -> tuple[Any, Any, Any]:
+    """Input, weight and bias of a call; nodes, or None for no bias."""
+    x, weight, *bias = linear.args
+    return x, weight, bias[0] if bias else None
 
 
 def _stacked(draft: _Draft, nodes: Sequence[fx.Node]) -> fx.Node:
@@ -234,50 +257,40 @@ def _segments(graph: fx.Graph, layers_per_region: int) -> list[list[fx.Node]]:
     return [nodes for _, nodes in sorted(segments.items()) if nodes]
 
 
-def _region(
-    draft: _Draft,
-    nodes: Sequence[fx.Node],
-    segment_of: dict[fx.Node, int],
-    kinds: Sequence[int],
-    masked: bool,
-) -> Region:
+def _region(draft: _Draft, nodes: Sequence[fx.Node], kinds: Sequence[int], masked: bool) -> Region:
     graph, inside = fx.Graph(), set(nodes)
     arguments: dict[Argument, fx.Node] = {}
-    copies: dict[fx.Node, fx.Node] = {}
-
-    def argument(one: Argument) -> fx.Node:
-        if one not in arguments:
-            arguments[one] = graph.placeholder(f"p{len(arguments)}")
-        return arguments[one]
-
-    def copy_of(node: fx.Node) -> fx.Node:
-        if node in copies:
-            return copies[node]
-        weight = node.op == "get_attr"
-        return argument(draft.weight(str(node.target)) if weight else Value(node.name))
-
     # Placeholders come first in a graph: all of them are made before any node is copied.
     for node in nodes:
-        for used in node.all_input_nodes:
-            if used not in inside:
-                copy_of(used)
-        if node.target is attend:
-            for one in _kept(int(str(node.args[3])), kinds, masked):
-                argument(one)
+        outside = [_argument(draft, one) for one in node.all_input_nodes if one not in inside]
+        for one in (*outside, *(_kept(node, kinds, masked) if node.target is attend else ())):
+            if one not in arguments:
+                arguments[one] = graph.placeholder(f"p{len(arguments)}")
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def copy_of(node: fx.Node) -> fx.Node:
+        return copies[node] if node in inside else arguments[_argument(draft, node)]
+
     for number, node in enumerate(nodes):
-        copy = graph.node_copy(node, copy_of)
-        copy._rename(f"n{number}")
+        copies[node] = copy = graph.node_copy(node, copy_of)
+        copy._rename(f"n{number}")  # of equal layers the code is equal
         if node.target is attend:
-            *tensors, layer, scale = copy.args
-            state = [arguments[one] for one in _kept(layer, kinds, masked)]
-            copy.args = (*tensors, *state, *([] if masked else [None]), scale)
-        copies[node] = copy
-    given = [n for n in nodes if not inside.issuperset(n.users)]
+            query, new, _, scale = copy.args
+            keys, values, slot, *mask = (arguments[one] for one in _kept(node, kinds, masked))
+            copy.args = (query, new, (keys, values), slot, mask[0] if mask else None, scale)
+    given = [node for node in nodes if not inside.issuperset(node.users)]
     graph.output(tuple(copies[node] for node in given))
     return Region(graph, tuple(arguments), tuple(Value(node.name) for node in given))
 
 
-def _kept(layer: int, kinds: Sequence[int], masked: bool) -> Iterable[Kept]:
-    yield from (Kept("keys", layer), Kept("values", layer), Kept("slot", kinds[layer]))
-    if masked:
-        yield Kept("mask", kinds[layer])
+def _argument(draft: _Draft, node: fx.Node) -> Argument:
+    """What a node is to a region that it lies outside of."""
+    return draft.weight(str(node.target)) if node.op == "get_attr" else Value(node.name)
+
+
+def _kept(node: fx.Node, kinds: Sequence[int], masked: bool) -> list[Kept]:
+    """What a call of `attend` reads and writes of its layer's cache."""
+    layer = node.args[2]
+    assert isinstance(layer, int)
+    kept = [Kept("keys", layer), Kept("values", layer), Kept("slot", kinds[layer])]
+    return [*kept, Kept("mask", kinds[layer])] if masked else kept

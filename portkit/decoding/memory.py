@@ -6,11 +6,14 @@ are never huge. Knows bytes and tensors.
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from portkit.errors import GenerationError
 
 _HUGE_PAGE = 2 * 1024 * 1024
 _ALIGNMENT = 4096
@@ -30,13 +33,17 @@ class Arena:
             self._memory = torch.empty(size, dtype=torch.uint8)
         self._used = -self._memory.data_ptr() % _HUGE_PAGE
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next tensor of the arena."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        memory = self._memory[self._used : self._used + num_bytes]
+        self._used += padded_bytes(num_bytes)
+        return memory.view(dtype).view(shape)
+
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """A copy of tensors of one dtype, concatenated along the first dimension."""
         shape = (sum(len(one) for one in tensors), *tensors[0].shape[1:])
-        num_bytes = sum(one.nbytes for one in tensors)
-        memory = self._memory[self._used : self._used + num_bytes]
-        self._used += padded_bytes(num_bytes)
-        copy = memory.view(tensors[0].dtype).view(shape)
+        copy = self.empty(shape, tensors[0].dtype)
         return torch.cat(list(tensors), out=copy) if len(tensors) > 1 else copy.copy_(tensors[0])
 
 
@@ -45,7 +52,7 @@ def padded_bytes(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def available_bytes() -> int | None:
+def _available_bytes() -> int | None:
     """Memory that can be had without swapping; None where the system does not tell."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
@@ -53,3 +60,13 @@ def available_bytes() -> int | None:
     except (OSError, StopIteration):
         return None
     return int(found.split()[1]) * 1024
+
+
+def check_memory(num_bytes: int, what: str) -> None:
+    """Raises GenerationError where `num_bytes` for `what` are more than there are."""
+    available = _available_bytes()
+    if available is not None and num_bytes > available:
+        raise GenerationError(
+            f"{what} take {num_bytes / 1e9:.1f} GB where {available / 1e9:.1f} GB of memory are "
+            "free: take fewer prompts, fewer new tokens or a smaller model"
+        )

@@ -8,6 +8,7 @@ family, and nothing of speed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -93,7 +94,7 @@ class _ShapedProxy(fx.Proxy):
         return super().__getattr__(name)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[index] for index in range(len(self))])
+        return (operator.getitem(self, index) for index in range(len(self)))
 
     def __len__(self) -> int:
         return len(self.value)
@@ -103,7 +104,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, model: CausalLM, inputs: dict[str, Tensor]) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__()
         self._inputs = inputs
         self._held: dict[str, Tensor] = {}
         self._blocks = _block_numbers(model)
@@ -131,7 +132,7 @@ class _Tracer(fx.Tracer):
             layer = key.node.meta["shown"]
             assert layer == value.node.meta["shown"], "keys and values of two layers"
             return self.create_proxy(
-                "call_function", attend, (query, key, value, layer, m.scale), {}
+                "call_function", attend, (query, (key, value), layer, m.scale), {}
             )
         outer, self._block = self._block, self._blocks.get(m, self._block)
         try:
@@ -155,6 +156,7 @@ class _Tracer(fx.Tracer):
         value = self._evaluate(kind, target, args, kwargs)
         if kind != "output" and not isinstance(value, (Tensor, tuple, list)):
             return value  # a number that Python goes on with; the node is dead
+        assert isinstance(proxy, _ShapedProxy)
         proxy.value = value
         return proxy
 
