@@ -20,6 +20,7 @@ FLOORS = {
     "portkit.parity": 6,
     "portkit.training": 6,
     "portkit.generation": 5,
+    "portkit.decoding": 5,
     "portkit.importers": 5,
     "portkit.exporting": 5,
     "portkit.loading": 4,

@@ -19,9 +19,14 @@ from portkit.cli.output import plural, print_json
 from portkit.errors import GenerationError, TokenizerError
 
 if TYPE_CHECKING:
+    from portkit.architecture import CausalLM
     from portkit.checkpoint import Files
-    from portkit.generation.loop import Step
+    from portkit.generation.loop import Startable, Step
     from portkit.tokenizer import Tokenizer
+
+_MOST_FAST_ROWS = 32
+_LEAST_FAST_BYTES = 64_000_000
+"""A smaller model is held by the processor's own memory, and has little to gain."""
 
 Prompts = Annotated[
     list[str],
@@ -99,6 +104,7 @@ def command(
     dtype: options.DTypeOption = options.DType.auto,
     device: options.DeviceOption = options.Device.auto,
     attention: options.AttentionOption = options.Attention.sdpa,
+    engine: options.EngineOption = options.Engine.auto,
     ignore_config: options.IgnoreConfig = None,
     verbose: Verbose = False,
     json: options.Json = False,
@@ -129,7 +135,9 @@ def command(
         raise GenerationError("--system is a message of a chat: give --chat with it")
     token_ids = [tokenizer.encode(text, special=not chat) or _bos(tokenizer) for text in texts]
     _check_ids(token_ids, blueprint.config.vocab_size)
-    model = materialize(blueprint, dtype, device).model
+    model = _with_engine(
+        engine, materialize(blueprint, dtype, device).model, len(token_ids), attention
+    )
     limit = blueprint.config.max_position_embeddings
     run = _Run(len(token_ids), streaming=len(token_ids) == 1 and not json)
     run.take(generate(model, token_ids, settings, context_length=limit, tokenizer=tokenizer))
@@ -139,6 +147,31 @@ def command(
     elif not run.streaming:
         run.print_texts(prompts)
     run.say(seeds[0], limit, verbose=verbose or sys.stderr.isatty())
+
+
+def _with_engine(
+    engine: options.Engine, model: CausalLM, num_rows: int, attention: options.Attention
+) -> CausalLM | Startable:
+    """The model, or its fast path where that was asked for, or is worth its while."""
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    suits = attention is options.Attention.sdpa and num_rows <= _MOST_FAST_ROWS
+    if engine is options.Engine.fast and not suits:
+        raise GenerationError(
+            f"--engine fast takes at most {_MOST_FAST_ROWS} prompts, and --attention sdpa: leave "
+            "it out"
+        )
+    gains = suits and weight_bytes >= _LEAST_FAST_BYTES
+    if engine is options.Engine.readable or (engine is options.Engine.auto and not gains):
+        return model
+    from portkit.decoding.fast import FastModel
+    from portkit.decoding.packages import Packages, default_folder
+
+    packages = Packages(default_folder(), _note) if weight_bytes >= _LEAST_FAST_BYTES else None
+    return FastModel(model, packages, _note)
+
+
+def _note(line: str) -> None:
+    print(f"portkit: note: {line}", file=sys.stderr)
 
 
 class _Run:

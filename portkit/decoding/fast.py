@@ -34,11 +34,18 @@ class FastModel:
     """A model made ready to decode fast; its parameters become views of the memory made here.
 
     `packages` is where compiled regions are found and made; without it everything runs as torch
-    runs it. What can wait is made after a session's prefill: the first token waits for nothing.
+    runs it. `say` gets a line for people where something is slower than it could be. What can wait
+    is made after a session's prefill: the first token waits for nothing.
     """
 
-    def __init__(self, model: CausalLM, packages: Packages | None = None) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        packages: Packages | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.model = model
+        self.say = say
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.packages = packages
@@ -84,16 +91,17 @@ class FastModel:
         """The copy of a plain head; made in a thread, None until it is there."""
         if self._making is None:
             (weight,) = [one for one in program.head.arguments if isinstance(one, Weight)]
-            self._making = Thread(target=self._make_head, args=(weight,), daemon=True)
+            self._making = Thread(target=self._make_head, args=(weight,))
             self._making.start()
         if wait:
             self._making.join()
         return self._exact_head
 
     def has_plain_head(self, program: Program) -> bool:
-        """Whether the head is one product without a bias, and nothing behind it."""
+        """Whether the head is one product in bfloat16, without a bias, with nothing behind it."""
         calls = [node for node in program.head.graph.nodes if node.op.startswith("call")]
-        return len(calls) == 1 and calls[0].target is project and calls[0].args[2] is None
+        plain = len(calls) == 1 and calls[0].target is project and calls[0].args[2] is None
+        return plain and self.dtype is torch.bfloat16
 
     def _make_head(self, weight: Weight) -> None:
         self._exact_head = ExactHead(self._placed[weight])

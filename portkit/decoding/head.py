@@ -4,9 +4,9 @@ An 8-bit copy of the head says which rows cannot be the answer; the few others a
 stored weights. That nothing is lost is proved, not hoped:
 
 Let row i of the head be w_i, of K numbers, and its copy s_i q_i with whole q_i. With the input x,
-t_i = w_i·x is the true product, L_i the logit that the head would give in its dtype, and a_i the
+t_i = w_i·x is the true product, L_i the logit that the head would give in bfloat16, and a_i the
 product with the copy, computed in float32: a_i = fl(s_i fl(q_i·x)). Write u = 2**-24 for float32's
-rounding, v for the dtype's (2**-9 bfloat16, 2**-11 float16, u float32), |·| for the Euclidean norm
+rounding, v = 2**-9 for bfloat16's, |·| for the Euclidean norm
 and g = 2 (K + 4) u, which is above (K + 4) u / (1 - (K + 4) u), the bound on the error of a sum of
 K products in any order, with fused operations or without (Higham 2002, section 3.1). Then
 
@@ -25,6 +25,9 @@ If L_m is among the k largest logits, k rows have L_j <= L_m, or m is one of the
 cases L_m is at least the k-th largest of all L_j, which is at least the k-th largest a_j - b_j. So
 a_m + b_m reaches that value. The rows that reach it are kept, in order of their ids: all of the k
 largest and all that tie with them are there, and the first of the largest is the same.
+
+The head is bfloat16's: its products sum in float32, and a row's is the same whatever rows are
+computed beside it. Of float32 matrices that is not so, and a tie could fall otherwise.
 
 Knows the head's matrix and one row of input. Where the bound is not finite (NaN or infinity in the
 input or the weights) or too many rows are kept, all logits are computed.
@@ -47,6 +50,7 @@ _ROWS_AT_A_TIME = 8192
 _LARGEST_SHARE = 32
 """Beyond one row in so many, computing all logits is no slower."""
 _FLOAT32_ROUNDING = 2.0**-24
+_BFLOAT16_ROUNDING = 2.0**-9
 _TINY = 2.0**-70
 _LARGEST_WEIGHT = 2.0**40
 
@@ -55,7 +59,7 @@ class ExactHead:
     """The head `x @ weight.T` of one row, without a bias and with nothing behind it.
 
     `weight` (vocab_size, hidden_size), on the CPU. Making it reads all of the weights.
-    `is_usable` is False where they are too large or not finite for the proof.
+    `is_usable` is False where they are not bfloat16, or too large or not finite for the proof.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -66,7 +70,8 @@ class ExactHead:
         self._radius = torch.empty(vocab_size)
         for start in range(0, vocab_size, _ROWS_AT_A_TIME):
             self._copy_rows(slice(start, start + _ROWS_AT_A_TIME))
-        self.is_usable = bool((self._scale * 127 < _LARGEST_WEIGHT).all())  # also not if NaN
+        within = (self._scale * 127 < _LARGEST_WEIGHT).all()  # not if NaN
+        self.is_usable = weight.dtype is torch.bfloat16 and bool(within)
 
     def _copy_rows(self, rows: slice) -> None:
         weight = self.weight[rows].float()
@@ -85,7 +90,7 @@ class ExactHead:
 
     def arguments(self, x: Tensor) -> list[Tensor]:
         """Of `shortlist_bounds`, for x (1, 1, hidden_size)."""
-        rounding = torch.finfo(self.weight.dtype).eps / 2 + 2 * _FLOAT32_ROUNDING
+        rounding = _BFLOAT16_ROUNDING + 2 * _FLOAT32_ROUNDING
         return [x, self._copy, self._scale, self._radius, torch.tensor([1.01 * rounding, _TINY])]
 
     def largest(self, x: Tensor, k: int, bounds: Function) -> tuple[Tensor, Tensor]:

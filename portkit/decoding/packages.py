@@ -40,7 +40,7 @@ class Packages:
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._folder = folder
         self._say = say
-        self._loaded: dict[str, Function] = {}
+        self._loaded: dict[Path, Function] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._given_up = False
         self.compile_s = 0.0
@@ -48,23 +48,24 @@ class Packages:
 
     def find(self, recipes: Sequence[Recipe]) -> list[Function] | None:
         """The recipes' functions, or None if any is not there yet: then it is being made."""
-        names = [_digest(one) for one in recipes]
-        paths = {name: self._folder / f"{name}.pt2" for name in names}
-        missing = [name for name in paths if not paths[name].is_file()]
+        paths = [self.path(one) for one in recipes]
+        by_path = dict(zip(paths, recipes, strict=True))
+        missing = [(one, path) for path, one in by_path.items() if not path.is_file()]
         if missing:
-            by_name = dict(zip(names, recipes, strict=True))
-            self._make([(by_name[name], paths[name]) for name in missing])
+            self._make(missing)
             return None
         try:
-            for name in set(names) - self._loaded.keys():
-                loader = torch._C._aoti.AOTIModelPackageLoader(
-                    str(paths[name]), "model", True, 1, -1
-                )
-                self._loaded[name] = loader.run
+            for path in by_path.keys() - self._loaded.keys():
+                loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+                self._loaded[path] = loader.run
         except RuntimeError as error:
             self._give_up(f"a compiled region cannot be loaded ({error})")
             return None
-        return [self._loaded[name] for name in names]
+        return [self._loaded[path] for path in paths]
+
+    def path(self, one: Recipe) -> Path:
+        """Where a recipe's package is, or will be."""
+        return self._folder / f"{_digest(one)}.pt2"
 
     def wait(self, recipes: Sequence[Recipe]) -> list[Function] | None:
         """The same, once they are made; None where they cannot be."""

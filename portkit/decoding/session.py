@@ -18,6 +18,7 @@ from portkit.decoding.head import ExactHead, bounds_recipe
 from portkit.decoding.lowering import INPUT_IDS, Kept, Region, Value, Weight
 from portkit.decoding.memory import check_memory
 from portkit.decoding.packages import Function
+from portkit.decoding.tracing import Untraceable
 
 if TYPE_CHECKING:
     from portkit.decoding.fast import FastModel
@@ -48,8 +49,8 @@ class Session:
         self._masked = any(pads)
         # The last token that a row gets is not fed to the model any more.
         length = longest + room - 1
-        self._prompt = fast.model.new_cache(len(prompts), length)
-        self._cache = StaticCache(self._prompt, length)
+        self._readable = fast.model.new_cache(len(prompts), length)
+        self._cache = StaticCache(self._readable, length)
         check_memory(
             2 * self._cache.num_bytes(fast.dtype.itemsize),
             f"the caches of {len(prompts)} rows of {length} tokens",
@@ -57,6 +58,7 @@ class Session:
         self._past = 0
         self._num_decoded = 0
         self._step: _Step | None = None
+        self._stays_readable = False
 
     @property
     def is_compiled(self) -> bool:
@@ -66,20 +68,24 @@ class Session:
     @torch.inference_mode()
     def prefill(self, chunk: int | None = None) -> Tensor:
         """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
-        model, num_tokens = self._fast.model, self._input_ids.shape[1]
-        slots = torch.arange(num_tokens, device=self._fast.device)
-        real = slots >= self._pads if self._masked else None
+        num_tokens = self._input_ids.shape[1]
         for start in range(0, num_tokens, chunk or num_tokens):
-            end = min(start + (chunk or num_tokens), num_tokens)
-            hidden_states = model.hidden_states(
-                self._input_ids[:, start:end],
-                positions=(slots[start:end] - self._pads).clamp(min=0),
-                cache=self._prompt,
-                attention_mask=None if real is None else real[:, :end],
-            )
-            self._prompt.advance(end - start)
-        self._past = num_tokens
-        return model.logits(hidden_states[:, -1:])[:, -1]
+            hidden_states = self._feed(self._input_ids[:, start : start + (chunk or num_tokens)])
+        return self._fast.model.logits(hidden_states[:, -1:])[:, -1]
+
+    def _feed(self, input_ids: Tensor) -> Tensor:
+        """Hidden states after more tokens (batch, tokens), by the readable model."""
+        end = self._past + input_ids.shape[1]
+        slots = torch.arange(end, device=self._fast.device)
+        hidden_states = self._fast.model.hidden_states(
+            input_ids,
+            positions=(slots[self._past :] - self._pads).clamp(min=0),
+            cache=self._readable,
+            attention_mask=slots >= self._pads if self._masked else None,
+        )
+        self._readable.advance(input_ids.shape[1])
+        self._past = end
+        return hidden_states
 
     @torch.inference_mode()
     def prepare(self, *, wait: bool = False) -> None:
@@ -87,12 +93,17 @@ class Session:
 
         With `wait` also wait for compiled regions and the exact head, where they are to be had.
         """
-        if self._step is None:
+        if self._step is None and not self._stays_readable:
             assert self._past, "prefill comes first"
-            self._cache.take(self._prompt, self._fast.dtype, self._fast.device)
-            del self._prompt
-            self._step = _Step(self._fast, self._cache, self._pads, self._masked, self._largest)
-        if wait:
+            try:
+                self._step = _Step(self._fast, self._cache, self._pads, self._masked, self._largest)
+            except Untraceable as error:
+                self._stays_readable = True
+                self._fast.say(f"the fast path cannot follow this family's code ({error})")
+                return
+            self._cache.take(self._readable, self._fast.dtype, self._fast.device)
+            del self._readable
+        if wait and self._step is not None:
             # Any token: what it leaves in the caches, the next one overwrites.
             self._step.read_out(self._step.hidden_states(self._input_ids[:, -1], self._past))
             self._step.look(wait=True)
@@ -122,7 +133,8 @@ class Session:
     def _largest_of(self, tokens: Tensor) -> tuple[Tensor | None, Tensor]:
         """Ids and logits (kept,) of the one row, or None and all logits (batch, vocab)."""
         self.prepare()
-        assert self._step is not None
+        if self._step is None:
+            return None, self._fast.model.logits(self._feed(tokens[:, None]))[:, -1]
         found = self._step.read_out(self._step.hidden_states(tokens, self._past))
         if self._num_decoded % _STEPS_PER_LOOK == 0:
             self._step.look(wait=False)

@@ -39,8 +39,19 @@ class StepGraphs:
     modules: dict[str, nn.Module]
 
 
+class Untraceable(Exception):
+    """A family's code does with a token what cannot be told beforehand."""
+
+
 def trace_step(model: CausalLM, batch: int) -> StepGraphs:
-    """Trace one decode step of `batch` rows. Raises what the family's code raises on proxies."""
+    """Trace one decode step of `batch` rows. Raises Untraceable, with the reason."""
+    try:
+        return _trace_step(model, batch)
+    except Exception as error:  # whatever a family's code raises on proxies
+        raise Untraceable(f"{type(error).__name__}: {error}") from error
+
+
+def _trace_step(model: CausalLM, batch: int) -> StepGraphs:
     ids = torch.zeros(batch, 1, dtype=torch.int64, device="meta")
     dtype = next(model.parameters()).dtype
     hidden = torch.empty(batch, 1, model.config.hidden_size, dtype=dtype, device="meta")
