@@ -19,7 +19,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from portkit.cli import demo, generate, import_, inspect, list_, load, parity
+from portkit.cli import bench, demo, generate, import_, inspect, list_, load, parity
 from portkit.errors import PortkitError
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
@@ -54,6 +54,7 @@ for name, verb in {
     "list": list_,
 }.items():
     app.command(name)(verb.command)
+app.add_typer(bench.app, name="bench")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
