@@ -5,6 +5,7 @@ Knows options, tables and files; what is measured, and how, is in `portkit.bench
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from importlib.util import find_spec
@@ -175,6 +176,7 @@ def _plan(
     import torch
 
     from portkit.bench import engines
+    from portkit.decoding.packages import has_compiler
     from portkit.loading import draw, open_checkpoint, resolve_dtype
 
     _check_others(against, gguf)
@@ -186,8 +188,11 @@ def _plan(
         ours, theirs = ours[:1], theirs[:1]
     theirs += [engines.LLAMA_CPP] if Against.llama_cpp in against else []
     found = resolve_dtype(dtype, checkpoint)
-    if found is not torch.bfloat16 and engines.EXACT in ours:
-        ours.remove(engines.EXACT)  # which is bfloat16's alone
+    if not has_compiler():
+        print("portkit: note: there is no C++ compiler: without compiled regions", file=sys.stderr)
+        ours = [one for one in ours if one not in (engines.FAST, engines.EXACT)]
+    if found is not torch.bfloat16:
+        ours = [one for one in ours if one != engines.EXACT]  # which is bfloat16's alone
     return {
         "repo": repo,
         "dtype": str(found).removeprefix("torch."),

@@ -79,6 +79,14 @@ System = Annotated[
 IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos", help="Go on behind an end-of-sequence token.")
 ]
+Speculate = Annotated[
+    bool,
+    typer.Option(
+        "--speculate",
+        help="Propose what followed the same words before, and check it in one pass: faster where "
+        "text is copied, the same tokens. One prompt, greedy, by the readable model.",
+    ),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Say on stderr how it went, terminal or not.")
 ]
@@ -105,6 +113,7 @@ def command(
     device: options.DeviceOption = options.Device.auto,
     attention: options.AttentionOption = options.Attention.sdpa,
     engine: options.EngineOption = options.Engine.auto,
+    speculate: Speculate = False,
     ignore_config: options.IgnoreConfig = None,
     verbose: Verbose = False,
     json: options.Json = False,
@@ -135,18 +144,30 @@ def command(
         raise GenerationError("--system is a message of a chat: give --chat with it")
     token_ids = [tokenizer.encode(text, special=not chat) or _bos(tokenizer) for text in texts]
     _check_ids(token_ids, blueprint.config.vocab_size)
-    model = _with_engine(
-        engine, materialize(blueprint, dtype, device).model, len(token_ids), attention
+    model = materialize(blueprint, dtype, device).model
+    continued = (
+        _speculative(model, engine)
+        if speculate
+        else _with_engine(engine, model, len(token_ids), attention)
     )
     limit = blueprint.config.max_position_embeddings
     run = _Run(len(token_ids), streaming=len(token_ids) == 1 and not json)
-    run.take(generate(model, token_ids, settings, context_length=limit, tokenizer=tokenizer))
+    steps = generate(continued, token_ids, settings, context_length=limit, tokenizer=tokenizer)
+    run.take(steps)
     seeds = [settings.seed + row if settings.do_sample else None for row in range(len(token_ids))]
     if json:
         print_json("generate", **run.fields(prompt_tokens=list(map(len, token_ids)), seed=seeds))
     elif not run.streaming:
         run.print_texts(prompts)
     run.say(seeds[0], limit, verbose=verbose or sys.stderr.isatty())
+
+
+def _speculative(model: CausalLM, engine: options.Engine) -> Startable:
+    from portkit.generation.speculation import Speculative
+
+    if engine is options.Engine.fast:
+        raise GenerationError("--speculate runs the readable model: leave --engine fast out")
+    return Speculative(model)
 
 
 def _with_engine(

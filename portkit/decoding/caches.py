@@ -83,6 +83,7 @@ class StaticCache:
 
 
 def _kind(layer: LayerCache, length: int) -> Kind:
-    if isinstance(layer, SlidingCache) and layer.window < length:
+    # A ring even where nothing will leave it: of a model's regions there is then one form.
+    if isinstance(layer, SlidingCache):
         return Kind(layer.window, ring=True)
     return Kind(length, ring=False)

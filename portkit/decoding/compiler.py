@@ -106,5 +106,6 @@ if __name__ == "__main__":
     os.nice(19)  # whoever decodes meanwhile comes first
     with Path(sys.argv[1]).open("rb") as file:
         recipes = pickle.load(file)
+    Path(sys.argv[1]).unlink()
     for one, package in recipes:
         compile_region(one, package)

@@ -95,7 +95,7 @@ class Packages:
             self._give_up(f"the compiler failed (exit code {code}; its words are in {log})")
 
     def _start(self, missing: list[tuple[Recipe, Path]]) -> None:
-        if not _has_compiler():
+        if not has_compiler():
             self._give_up("no C++ compiler was found (g++, clang++, or the one that CXX names)")
             return
         self._started = time.perf_counter()
@@ -128,7 +128,8 @@ def default_folder() -> Path:
     return Path(base) / "portkit" / "compiled"
 
 
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler to make packages with."""
     named = os.environ.get("CXX")
     return any(shutil.which(name) for name in ([named] if named else ["g++", "clang++"]))
 
