@@ -112,6 +112,18 @@ def test_what_a_package_depends_on_is_in_its_name(tmp_path: Path) -> None:
     assert len(names) == 3
 
 
+def test_how_far_a_cache_is_filled_is_not_in_the_name(tmp_path: Path) -> None:
+    from torch import fx
+
+    graph = fx.Graph()
+    x = graph.placeholder("p0")
+    graph.output((graph.call_function(torch.add, (x, x)),))
+    packages = Packages(tmp_path, lambda _: None)
+    shorter, longer = (recipe(graph, [torch.ones(n, 4)], ["filled"], 1) for n in (7, 9))
+    assert packages.path(shorter) == packages.path(longer)
+    assert packages.path(shorter) != packages.path(recipe(graph, [torch.ones(7, 4)], [None], 1))
+
+
 def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PORTKIT_CACHE", str(tmp_path / "mine"))
     assert default_folder() == tmp_path / "mine"

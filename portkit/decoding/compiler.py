@@ -30,7 +30,7 @@ class Recipe:
     """A region to compile: its code, and shape, dtype and what grows of each argument.
 
     `growing[i]` names the size of argument i's first dimension, where that changes from call to
-    call; None where nothing does.
+    call, and is 0 in its shape; None where nothing does.
     """
 
     code: str
@@ -58,7 +58,10 @@ def recipe(
         code.src,
         {k: one for k, one in code.globals.items() if not isinstance(one, ModuleType)},
         {k: one.__name__ for k, one in code.globals.items() if isinstance(one, ModuleType)},
-        tuple(tuple(one.shape) for one in arguments),
+        tuple(
+            tuple(one.shape) if name is None else (0, *one.shape[1:])
+            for one, name in zip(arguments, growing, strict=True)
+        ),
         tuple(one.dtype for one in arguments),
         tuple(growing),
         threads,
