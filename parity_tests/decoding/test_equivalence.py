@@ -161,10 +161,14 @@ def test_placing_the_weights_leaves_the_model_as_it_was(tiny_checkpoint: Checkpo
     logits_of(FastModel(model).start(given, NUM_DECODED + 1), 1)
     for (name, ours), theirs in zip(model.named_parameters(), untouched.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+        assert ours.requires_grad
+        assert not ours.is_inference(), name
     ids = torch.tensor(given)
     with torch.no_grad():
         assert torch.equal(model(ids), untouched(ids))
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    model(ids).sum().backward()
+    assert model.lm_head.weight.grad is not None
     attention = model.model.layers[0].self_attn
     end = attention.q_proj.weight.data_ptr() + attention.q_proj.weight.nbytes
     assert attention.k_proj.weight.data_ptr() == end, "queries, keys and values are one matrix"

@@ -109,7 +109,7 @@ class Reference:
         return Run(prefill, [(whole - prefill) / (num_tokens - 1)] * (num_tokens - 1), tokens)
 
 
-class LlamaCpp:
+class GgufEngine:
     """llama.cpp through its Python package, from a GGUF file of the same weights."""
 
     compile_s = 0.0

@@ -45,7 +45,7 @@ def _engine(options: dict[str, Any]) -> Any:
 
     name = options["engine"]
     if name == engines.LLAMA_CPP:
-        return engines.LlamaCpp(options["gguf"], options["threads"], options["context"])
+        return engines.GgufEngine(options["gguf"], options["threads"], options["context"])
     kind = engines.Reference if name in (engines.TRANSFORMERS, engines.STATIC) else engines.Ours
     return kind(options["repo"], options["dtype"], name)
 

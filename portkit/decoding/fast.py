@@ -116,6 +116,10 @@ class FastModel:
                 self._place(self._steps[batch].weights, held)
         return self._steps[batch]
 
+    # Also in the middle of inference: of a parameter that is an inference tensor torch would copy
+    # the whole head at each prefill, and no gradient could ever be taken.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _place(self, weights: Sequence[Weight], held: dict[str, Tensor]) -> None:
         """Copy the weights to where they stream well, and let the model's parameters be views."""
         parts = {one: [held[name].data for name in one.names] for one in weights}
