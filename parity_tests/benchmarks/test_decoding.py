@@ -52,7 +52,7 @@ def decoding(greedy: Callable[[Tensor], Tensor], token: Tensor) -> Callable[[], 
 
 
 @pytest.mark.parametrize(
-    ("what", "compiled", "largest", "target"),
+    "mode",
     [
         ("not compiled", False, None, 0.6),
         ("compiled", True, None, 0.48),
@@ -64,11 +64,9 @@ def test_decoding(
     compare: Compare,
     model: CausalLM,
     packages: Packages,
-    what: str,
-    compiled: bool,
-    largest: int | None,
-    target: float,
+    mode: tuple[str, bool, int | None, float],
 ) -> None:
+    what, compiled, largest, target = mode
     room = NUM_TOKENS * (ROUNDS + 3)
     session = FastModel(model, packages if compiled else None).start(prompts(), room, largest)
     readable = ReadableBatch(model, prompts(), room)
