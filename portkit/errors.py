@@ -38,6 +38,10 @@ class GenerationError(PortkitError):
     """Sampling options that contradict each other, or a prompt that does not fit the model."""
 
 
+class BenchError(PortkitError):
+    """Something cannot be measured here: an engine does not start, or its package is missing."""
+
+
 class ImportFormatError(PortkitError):
     """A foreign file is not of the format that was named."""
 

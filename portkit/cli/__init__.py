@@ -19,7 +19,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from portkit.cli import demo, generate, import_, inspect, list_, load, parity
+from portkit.cli import bench, demo, generate, import_, inspect, list_, load, parity
 from portkit.errors import PortkitError
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
@@ -54,16 +54,17 @@ for name, verb in {
     "list": list_,
 }.items():
     app.command(name)(verb.command)
+app.add_typer(bench.app, name="bench")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code. A user's error is one line on stderr."""
     try:
         code = app(args=argv, prog_name="portkit", standalone_mode=False) or 0
-    except Exit as exit_:
-        code = exit_.exit_code
         if code == INTERRUPTED:  # which typer makes of Ctrl-C
             _say_error("interrupted", code)
+    except Exit as exit_:
+        code = exit_.exit_code
     except TyperException as error:
         code = _say_error(error.format_message(), 2)
     except PortkitError as error:

@@ -19,9 +19,14 @@ from portkit.cli.output import plural, print_json
 from portkit.errors import GenerationError, TokenizerError
 
 if TYPE_CHECKING:
+    from portkit.architecture import CausalLM
     from portkit.checkpoint import Files
-    from portkit.generation.loop import Step
+    from portkit.generation.loop import Startable, Step
     from portkit.tokenizer import Tokenizer
+
+_MOST_FAST_ROWS = 32
+_LEAST_FAST_BYTES = 64_000_000
+"""A smaller model is held by the processor's own memory, and has little to gain."""
 
 Prompts = Annotated[
     list[str],
@@ -74,6 +79,14 @@ System = Annotated[
 IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos", help="Go on behind an end-of-sequence token.")
 ]
+Speculate = Annotated[
+    bool,
+    typer.Option(
+        "--speculate",
+        help="Propose what followed the same words before, and check it in one pass: faster where "
+        "text is copied, the same tokens. One prompt, greedy, by the readable model.",
+    ),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Say on stderr how it went, terminal or not.")
 ]
@@ -99,6 +112,8 @@ def command(
     dtype: options.DTypeOption = options.DType.auto,
     device: options.DeviceOption = options.Device.auto,
     attention: options.AttentionOption = options.Attention.sdpa,
+    engine: options.EngineOption = options.Engine.auto,
+    speculate: Speculate = False,
     ignore_config: options.IgnoreConfig = None,
     verbose: Verbose = False,
     json: options.Json = False,
@@ -130,15 +145,54 @@ def command(
     token_ids = [tokenizer.encode(text, special=not chat) or _bos(tokenizer) for text in texts]
     _check_ids(token_ids, blueprint.config.vocab_size)
     model = materialize(blueprint, dtype, device).model
+    continued = (
+        _speculative(model, engine)
+        if speculate
+        else _with_engine(engine, model, len(token_ids), attention)
+    )
     limit = blueprint.config.max_position_embeddings
     run = _Run(len(token_ids), streaming=len(token_ids) == 1 and not json)
-    run.take(generate(model, token_ids, settings, context_length=limit, tokenizer=tokenizer))
+    steps = generate(continued, token_ids, settings, context_length=limit, tokenizer=tokenizer)
+    run.take(steps)
     seeds = [settings.seed + row if settings.do_sample else None for row in range(len(token_ids))]
     if json:
         print_json("generate", **run.fields(prompt_tokens=list(map(len, token_ids)), seed=seeds))
     elif not run.streaming:
         run.print_texts(prompts)
     run.say(seeds[0], limit, verbose=verbose or sys.stderr.isatty())
+
+
+def _speculative(model: CausalLM, engine: options.Engine) -> Startable:
+    from portkit.generation.speculation import Speculative
+
+    if engine is options.Engine.fast:
+        raise GenerationError("--speculate runs the readable model: leave --engine fast out")
+    return Speculative(model)
+
+
+def _with_engine(
+    engine: options.Engine, model: CausalLM, num_rows: int, attention: options.Attention
+) -> CausalLM | Startable:
+    """The model, or its fast path where that was asked for, or is worth its while."""
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    suits = attention is options.Attention.sdpa and num_rows <= _MOST_FAST_ROWS
+    if engine is options.Engine.fast and not suits:
+        raise GenerationError(
+            f"--engine fast takes at most {_MOST_FAST_ROWS} prompts, and --attention sdpa: leave "
+            "it out"
+        )
+    gains = suits and weight_bytes >= _LEAST_FAST_BYTES
+    if engine is options.Engine.readable or (engine is options.Engine.auto and not gains):
+        return model
+    from portkit.decoding.fast import FastModel
+    from portkit.decoding.packages import Packages, default_folder
+
+    packages = Packages(default_folder(), _note) if weight_bytes >= _LEAST_FAST_BYTES else None
+    return FastModel(model, packages, _note)
+
+
+def _note(line: str) -> None:
+    print(f"portkit: note: {line}", file=sys.stderr)
 
 
 class _Run:

@@ -35,6 +35,12 @@ class Attention(StrEnum):
     eager = "eager"
 
 
+class Engine(StrEnum):
+    auto = "auto"
+    fast = "fast"
+    readable = "readable"
+
+
 DTypeOption = Annotated[
     DType, typer.Option("--dtype", help="Compute in this dtype; auto is the checkpoint's own.")
 ]
@@ -43,6 +49,14 @@ DeviceOption = Annotated[
 ]
 AttentionOption = Annotated[
     Attention, typer.Option("--attention", help="Which attention kernel the port runs.")
+]
+EngineOption = Annotated[
+    Engine,
+    typer.Option(
+        "--engine",
+        help="What decodes: the readable model, bit for bit the reference; or the fast path, equal "
+        "within rounding. auto is fast where a model is large enough to gain.",
+    ),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +38,35 @@ class Step:
     finish_reason: FinishReason | None
 
 
+class Engine(Protocol):
+    """A batch of prompts that is being continued, however its tokens are computed."""
+
+    def prefill(self, chunk: int | None = None) -> Tensor:
+        """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Logits (batch, vocab) after one more token (batch,) in each row."""
+
+    def greedy(self, tokens: Tensor) -> Tensor:
+        """What greedy decoding goes on with after one more token (batch,) in each row.
+
+        One token or more, (batch, new); -1 in a row whose logits are NaN.
+        """
+
+
+class Startable(Protocol):
+    """What makes an engine for a batch, as the fast path of a model does."""
+
+    def start(
+        self, prompts: Sequence[Sequence[int]], room: int, largest: int | None = None
+    ) -> Engine:
+        """`room`: how many tokens follow at most. `largest`: how many of the largest logits decide
+        the next token; None where all may.
+        """
+
+
 def generate(
-    model: CausalLM,
+    model: CausalLM | Startable,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     *,
@@ -79,39 +106,73 @@ def generate(
         _Row(index, prompt, settings, context_length, tokenizer)
         for index, prompt in enumerate(prompts)
     ]
-    batch = _Batch(model, prompts, max(row.room for row in rows))
-    return _steps(batch, rows, settings, prefill_chunk)
+    room = max(row.room for row in rows)
+    engine: Engine
+    if isinstance(model, CausalLM):
+        engine = ReadableBatch(model, prompts, room)
+    else:
+        engine = model.start(prompts, room, _largest(settings))
+    return _steps(engine, prompts, rows, settings, prefill_chunk)
+
+
+def _largest(settings: GenerationSettings) -> int | None:
+    """How many of the largest logits decide the next token; None where all may."""
+    if settings.repetition_penalty != 1:
+        return None
+    return (settings.top_k or None) if settings.do_sample else 1
+
+
+def _seen(prompts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """Which tokens are in each prompt, bool (batch, vocab)."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[torch.tensor(prompt, device=logits.device)] = True
+    return seen
 
 
 # As a decorator it holds between two yields only, not in the code that consumes the steps.
 @torch.inference_mode()
 def _steps(
-    batch: _Batch, rows: list[_Row], settings: GenerationSettings, prefill_chunk: int | None
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    rows: list[_Row],
+    settings: GenerationSettings,
+    prefill_chunk: int | None,
 ) -> Iterator[Step]:
-    logits = batch.prefill(prefill_chunk)
-    seen = batch.seen(logits.shape[-1]) if settings.repetition_penalty != 1 else None
+    logits = engine.prefill(prefill_chunk)
+    seen = _seen(prompts, logits) if settings.repetition_penalty != 1 else None
     generators = [
         torch.Generator(logits.device).manual_seed(settings.seed + row.index) for row in rows
     ]
-    while True:
+
+    def choose(logits: Tensor) -> Tensor:
         if bool(logits.isnan().any()):
-            raise GenerationError(
-                "the model's logits are NaN: compute in a wider dtype (--dtype float32), or look "
-                "for damaged weights with `portkit load --check`"
-            )
+            return torch.full((len(rows), 1), -1)
         tokens = next_tokens(logits, settings, seen, generators)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        for row, token_id in zip(rows, tokens.tolist(), strict=True):
-            if row.finish_reason is None:
-                yield row.take(token_id)
-        if all(row.finish_reason for row in rows):
-            return
-        logits = batch.decode(tokens)
+        return tokens[:, None]
+
+    new = choose(logits)
+    while True:
+        for tokens in new.unbind(1):
+            token_ids = tokens.tolist()
+            if min(token_ids) < 0:
+                raise GenerationError(
+                    "the model's logits are NaN: compute in a wider dtype (--dtype float32), or "
+                    "look for damaged weights with `portkit load --check`"
+                )
+            for row, token_id in zip(rows, token_ids, strict=True):
+                if row.finish_reason is None:
+                    yield row.take(token_id)
+            if all(row.finish_reason for row in rows):
+                return
+        greedily = seen is None and not settings.do_sample
+        new = engine.greedy(tokens) if greedily else choose(engine.decode(tokens))
 
 
-class _Batch:
-    """The prompts, padded on the left to one length, and the cache that holds them."""
+class ReadableBatch:
+    """The readable model as an engine: prompts, padded on the left, and their cache."""
 
     def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -> None:
         device = next(model.parameters()).device
@@ -127,7 +188,7 @@ class _Batch:
         self._real = self._slots >= self._pads if any(pads) else None
         self._cache = model.new_cache(len(prompts), len(self._slots))
 
-    def prefill(self, chunk: int | None) -> Tensor:
+    def prefill(self, chunk: int | None = None) -> Tensor:
         """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
         num_tokens = self._input_ids.shape[1]
         for start in range(0, num_tokens, chunk or num_tokens):
@@ -138,15 +199,11 @@ class _Batch:
         """Logits (batch, vocab) after one more token (batch,) in each row."""
         return self._last_logits(self._feed(tokens[:, None]))
 
-    def seen(self, vocab_size: int) -> Tensor:
-        """Which tokens are in each prompt, bool (batch, vocab_size)."""
-        seen = torch.zeros(
-            len(self._input_ids), vocab_size + 1, dtype=torch.bool, device=self._input_ids.device
-        )
-        real = self._slots[: self._input_ids.shape[1]] >= self._pads
-        # Padding goes to a column of its own, which is then cut off.
-        seen.scatter_(1, self._input_ids.masked_fill(~real, vocab_size), True)
-        return seen[:, :-1].contiguous()
+    def greedy(self, tokens: Tensor) -> Tensor:
+        """The likeliest token (batch, 1) after one more (batch,); -1 where logits are NaN."""
+        logits = self.decode(tokens)
+        likeliest = logits.float().argmax(-1)
+        return likeliest.masked_fill(logits.isnan().any(-1), -1)[:, None]
 
     def _feed(self, input_ids: Tensor) -> Tensor:
         past, end = self._cache.length, self._cache.length + input_ids.shape[1]

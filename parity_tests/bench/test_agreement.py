@@ -1,0 +1,71 @@
+"""When two continuations agree: equal, or parted where rounding decides."""
+
+from __future__ import annotations
+
+import torch
+
+from parity_tests.conftest import CheckpointMaker
+from portkit.bench.agreement import compare_tokens, judge_paths
+from portkit.bench.engines import EAGER, READABLE, TRANSFORMERS
+from portkit.generation.loop import ReadableBatch
+from portkit.loading import load
+
+PROMPTS = [[5, 6, 7], [8, 9, 10]]
+
+
+@torch.inference_mode()
+def greedy(model: torch.nn.Module, count: int) -> list[list[int]]:
+    engine = ReadableBatch(model, PROMPTS, count)
+    columns = [engine.prefill().float().argmax(-1)]
+    while len(columns) < count:
+        columns.append(engine.greedy(columns[-1])[:, -1])
+    return torch.stack(columns, 1).tolist()
+
+
+def test_equal_tokens_agree(tiny_checkpoint: CheckpointMaker) -> None:
+    model = load(tiny_checkpoint("llama3")).model
+    tokens = greedy(model, 6)
+    found = compare_tokens(model, PROMPTS, {TRANSFORMERS: tokens}, {})[TRANSFORMERS]
+    assert found.same
+    assert found.first_difference is None
+    assert found.verdict is None
+
+
+def test_another_token_is_found_at_its_place(tiny_checkpoint: CheckpointMaker) -> None:
+    model = load(tiny_checkpoint("llama3")).model
+    tokens = greedy(model, 6)
+    wrong = [tokens[0], [*tokens[1][:4], (tokens[1][4] + 1) % 509, tokens[1][5]]]
+    found = compare_tokens(model, PROMPTS, {READABLE: tokens, EAGER: wrong}, {EAGER: "rounding"})
+    assert found[READABLE].same
+    assert not found[EAGER].same
+    difference = found[EAGER].first_difference
+    assert difference is not None
+    assert (difference["row"], difference["token"]) == (1, 4)
+    assert difference["steps"] > 1
+    assert found[EAGER].verdict == "rounding"
+
+
+def test_a_tie_may_fall_either_way(tiny_checkpoint: CheckpointMaker) -> None:
+    model = load(tiny_checkpoint("llama3")).model
+    with torch.no_grad():
+        model.lm_head.weight[1::2] = model.lm_head.weight[:-1:2]
+    tokens = greedy(model, 3)
+    twin = [[*row[:2], row[2] + 1] for row in tokens]
+    assert all(row[2] % 2 == 0 for row in tokens), "the first of two equal rows"
+    found = compare_tokens(model, PROMPTS, {READABLE: tokens, EAGER: twin}, {})[EAGER]
+    assert found.same
+    assert found.first_difference == {"token": 2, "row": 0, "steps": 0.0}
+
+
+def test_paths_are_judged_and_a_wrong_one_diverges(
+    tiny_checkpoint: CheckpointMaker, monkeypatch
+) -> None:
+    model = load(tiny_checkpoint("gemma3", torch.bfloat16)).model
+    assert judge_paths(model, [READABLE, EAGER, TRANSFORMERS], 509) == {
+        READABLE: "exact",
+        EAGER: "rounding",
+    }
+    from portkit.decoding.caches import Kind
+
+    monkeypatch.setattr(Kind, "slot", lambda self, past: (past // 2) % self.num_slots)
+    assert judge_paths(model, [EAGER], 509) == {EAGER: "diverged"}

@@ -1,0 +1,95 @@
+"""How long decoding takes on the fast path, against the readable model, which is as fast as the
+reference: the same operations in the same order.
+
+`make bench` runs these; compiled regions are made first, which takes minutes once. `portkit bench
+decode` measures the same with every engine in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from parity_tests.benchmarks.conftest import Compare
+from parity_tests.benchmarks.test_opening import record
+from portkit.architecture import CausalLM
+from portkit.decoding.fast import FastModel
+from portkit.decoding.packages import Packages
+from portkit.generation.loop import ReadableBatch
+from portkit.loading import load
+
+CONTEXT, NUM_TOKENS, ROUNDS = 128, 16, 7
+
+
+@pytest.fixture(scope="module")
+def model(released_size: Path) -> CausalLM:
+    return load(released_size, device="cpu").model
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
+    return Packages(tmp_path_factory.mktemp("packages"), pytest.fail)
+
+
+def prompts() -> list[list[int]]:
+    return [list(range(100, 100 + CONTEXT))]
+
+
+def decoding(greedy: Callable[[Tensor], Tensor], token: Tensor) -> Callable[[], None]:
+    """What decodes so many tokens more, each time that it is called."""
+
+    def run() -> None:
+        found = token
+        for _ in range(NUM_TOKENS):
+            found = greedy(found)[:, -1]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("not compiled", False, None, 0.6),
+        ("compiled", True, None, 0.48),
+        ("compiled, exact head", True, 1, 0.35),
+    ],
+)
+def test_decoding(
+    benchmark: BenchmarkFixture,
+    compare: Compare,
+    model: CausalLM,
+    packages: Packages,
+    mode: tuple[str, bool, int | None, float],
+) -> None:
+    what, compiled, largest, target = mode
+    room = NUM_TOKENS * (ROUNDS + 3)
+    session = FastModel(model, packages if compiled else None).start(prompts(), room, largest)
+    readable = ReadableBatch(model, prompts(), room)
+    with torch.inference_mode():
+        token = readable.prefill().argmax(-1)
+    session.prefill()
+    session.prepare(wait=compiled)
+    theirs = torch.inference_mode()(decoding(readable.greedy, token))
+    found = compare(decoding(session.greedy, token), theirs, ROUNDS)
+    record(benchmark, f"decode {NUM_TOKENS} tokens, {what}", "the readable model", target, found)
+
+
+def test_prefill_on_placed_weights(
+    benchmark: BenchmarkFixture, compare: Compare, released_size: Path, model: CausalLM
+) -> None:
+    placed = FastModel(load(released_size, device="cpu").model)
+    first = placed.start(prompts(), 2)
+    first.prefill()
+    first.prepare()
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        ReadableBatch(model, prompts(), 2).prefill()
+
+    found = compare(lambda: placed.start(prompts(), 2).prefill(), theirs, ROUNDS)
+    record(benchmark, f"prefill {CONTEXT} tokens", "weights in the mapped file", 1.1, found)

@@ -1,0 +1,161 @@
+"""Compiled regions: the same tokens, and no harm done where there are none to be had."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from parity_tests.conftest import CheckpointMaker
+from parity_tests.decoding.test_equivalence import (
+    NUM_DECODED,
+    distance,
+    logits_of,
+    prompts,
+    true_logits,
+)
+from portkit.decoding.compiler import Recipe, recipe
+from portkit.decoding.fast import FastModel
+from portkit.decoding.packages import Packages, default_folder
+from portkit.decoding.session import Session
+from portkit.generation.loop import ReadableBatch
+from portkit.loading import load
+
+
+def some_recipe() -> Recipe:
+    from torch import fx
+
+    graph = fx.Graph()
+    x = graph.placeholder("p0")
+    graph.output((graph.call_function(torch.add, (x, x)),))
+    return recipe(graph, [torch.ones(3)], [None], 1)
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@torch.inference_mode()
+def story(session: Session, count: int) -> list[int]:
+    token = session.prefill().argmax(-1)
+    found = [int(token)]
+    for _ in range(count):
+        token = session.greedy(token)[:, -1]
+        found.append(int(token))
+    return found
+
+
+def test_without_a_compiler_the_tokens_are_the_same(
+    tiny_checkpoint: CheckpointMaker,
+    tmp_path: Path,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load(tiny_checkpoint("gemma3", torch.bfloat16)).model
+    plain = story(FastModel(model).start(prompts([15]), 20), 19)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    fast = FastModel(model, Packages(tmp_path / "packages", said.append))
+    session = fast.start(prompts([15]), 20, 1)
+    assert story(session, 19) == plain
+    assert not session.is_compiled
+    assert said == [
+        "decoding without compiled regions: no C++ compiler was found (g++, clang++, or the one "
+        "that CXX names)"
+    ]
+
+
+def test_a_compiler_that_fails_is_told_of_once(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    packages = Packages(tmp_path, said.append)
+    assert packages.wait([some_recipe()]) is None
+    assert packages.find([some_recipe()]) is None
+    (line,) = said
+    assert "the compiler failed (exit code 1" in line
+    assert str(tmp_path) in line
+
+
+def test_a_folder_that_cannot_be_written_is_told_of(tmp_path: Path, said: list[str]) -> None:
+    (tmp_path / "file").write_text("")
+    packages = Packages(tmp_path / "file" / "folder", said.append)
+    assert packages.wait([some_recipe()]) is None
+    assert "cannot be kept in" in said[0]
+
+
+def test_a_damaged_package_is_told_of(tmp_path: Path, said: list[str]) -> None:
+    packages = Packages(tmp_path, said.append)
+    packages.path(some_recipe()).write_bytes(b"no package")
+    assert packages.wait([some_recipe()]) is None
+    assert "cannot be loaded" in said[0]
+
+
+def test_what_a_package_depends_on_is_in_its_name(tmp_path: Path) -> None:
+    graph_recipe = some_recipe()
+    names = set()
+    for threads, size in ((1, 3), (2, 3), (1, 4)):
+        packages = Packages(tmp_path, lambda _: None)
+        changed = Recipe(
+            graph_recipe.code,
+            graph_recipe.names,
+            graph_recipe.modules,
+            ((size,),),
+            graph_recipe.dtypes,
+            graph_recipe.growing,
+            threads,
+        )
+        names.add(packages.path(changed))
+    assert len(names) == 3
+
+
+def test_how_far_a_cache_is_filled_is_not_in_the_name(tmp_path: Path) -> None:
+    from torch import fx
+
+    graph = fx.Graph()
+    x = graph.placeholder("p0")
+    graph.output((graph.call_function(torch.add, (x, x)),))
+    packages = Packages(tmp_path, lambda _: None)
+    shorter, longer = (recipe(graph, [torch.ones(n, 4)], ["filled"], 1) for n in (7, 9))
+    assert packages.path(shorter) == packages.path(longer)
+    assert packages.path(shorter) != packages.path(recipe(graph, [torch.ones(7, 4)], [None], 1))
+
+
+def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PORTKIT_CACHE", str(tmp_path / "mine"))
+    assert default_folder() == tmp_path / "mine"
+    monkeypatch.delenv("PORTKIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "portkit" / "compiled"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3 shallow", "qwen3", "llama tied with biases"])
+def test_compiled_regions_are_within_the_floor(
+    name: str, tiny_checkpoint: CheckpointMaker, tmp_path: Path, said: list[str]
+) -> None:
+    """Over the window's edge, with the caches growing, in bfloat16; and again from the folder."""
+    model = load(tiny_checkpoint(name, torch.bfloat16)).model
+    given = prompts([15])
+    room = NUM_DECODED + 1
+    truth = true_logits(model, given)
+    readable = logits_of(ReadableBatch(model, given, room), 1)
+    fast = FastModel(model, Packages(tmp_path, said.append))
+
+    whole, largest = (
+        logits_of(fast.start(given, room, count), 1, compiled=True) for count in (None, 5)
+    )
+    assert distance(whole, truth) <= 1.25 * distance(readable, truth)
+    kept = largest > -torch.inf
+    assert bool((kept[:, 1:].sum(-1) >= 5).all())
+    assert not bool(kept[:, 1:].all())
+    again = FastModel(model, Packages(tmp_path, said.append)).start(given, room)
+    with torch.inference_mode():
+        again.prefill()
+    again.prepare()
+    again.decode(torch.tensor([3]))
+    assert again.is_compiled, "the regions are there from before: nobody waits"
+    assert said == []

@@ -1,0 +1,93 @@
+"""Prompt lookup says what plain greedy decoding says, in fewer passes where text repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import portkit
+from parity_tests.conftest import CheckpointMaker
+from parity_tests.generation.specimens import write_checkpoint
+from portkit.architecture import CausalLM
+from portkit.errors import GenerationError
+from portkit.generation.loop import ReadableBatch, Startable, generate
+from portkit.generation.settings import GenerationSettings
+from portkit.generation.speculation import LookupSession, Speculative
+from portkit.loading import load
+
+DEMO = Path(portkit.__file__).parent / "demo_checkpoint"
+
+
+def said(model: CausalLM | Startable, prompt: Sequence[int], count: int, **options) -> list[int]:
+    settings = GenerationSettings(max_new_tokens=count, **options)
+    return [s.token_id for s in generate(model, [prompt], settings, context_length=512)]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama3", "qwen3"])
+def test_random_weights_with_and_without(name: str, tmp_path: Path) -> None:
+    """Across the window; a lively model, and the same prompt twice so that there is a match."""
+    model = load(write_checkpoint(tmp_path, name)).model
+    prompt = torch.randint(500, (20,), generator=torch.Generator().manual_seed(1)).tolist() * 2
+    assert said(Speculative(model), prompt, 60) == said(model, prompt, 60)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_story_and_a_copy(dtype: str) -> None:
+    model = load(DEMO, dtype=dtype).model
+    story = said(model, [1, 5, 9], 120)
+    assert said(Speculative(model), [1, 5, 9], 120) == story
+    again = [*story, *story[:40]]
+    assert said(Speculative(model), again, 60) == said(model, again, 60)
+
+
+def test_a_text_that_repeats_takes_fewer_passes(tiny_checkpoint: CheckpointMaker) -> None:
+    """A plain random model whose head is tied says its last token again and again."""
+    model = load(tiny_checkpoint("llama tied with biases")).model
+    prompt = [7] * 12
+    session = Speculative(model).start([prompt], 60, 1)
+    token = session.prefill().argmax(-1)
+    found = token.tolist()
+    while len(found) < 60:
+        new = session.greedy(token)
+        found += new[0].tolist()
+        token = new[:, -1]
+    plain = ReadableBatch(model, [prompt], 80)
+    token, expected = plain.prefill().argmax(-1), []
+    while len(expected) < len(found):
+        expected += token.tolist()
+        token = plain.greedy(token)[:, -1]
+    assert found == expected
+    assert len(set(found[20:])) < 10, "the model repeats itself, or nothing is tested"
+    assert session.num_passes < 30
+
+
+def test_a_close_call_is_left_to_a_pass_of_its_own(tiny_checkpoint: CheckpointMaker) -> None:
+    """Two equal rows of the head: their logits tie, and no pass over several tokens decides."""
+    model = load(tiny_checkpoint("llama3")).model
+    with torch.no_grad():
+        model.lm_head.weight[:] = model.lm_head.weight[0]
+    session = LookupSession(model, [3, 4, 5, 3, 4, 5, 3, 4], 20)
+    session.prefill()
+    assert session.greedy(torch.tensor([5])).tolist() == [[0]]
+    assert session.num_passes == 3
+
+
+def test_stop_in_the_middle_of_what_was_found() -> None:
+    model = load(DEMO).model
+    story = said(model, [1, 5, 9], 80)
+    prompt, ending = story, story[10]
+    plain = said(model, prompt, 60, eos_token_ids=(ending,))
+    assert said(Speculative(model), prompt, 60, eos_token_ids=(ending,)) == plain
+
+
+def test_more_than_greedy_is_refused(tiny_checkpoint: CheckpointMaker) -> None:
+    model = Speculative(load(tiny_checkpoint("llama3")).model)
+    with pytest.raises(GenerationError, match="one prompt, decoded greedily"):
+        said(model, [1, 2], 3, do_sample=True)
+    with pytest.raises(GenerationError, match="one prompt, decoded greedily"):
+        said(model, [1, 2], 3, repetition_penalty=1.1)
+    with pytest.raises(GenerationError, match="one prompt, decoded greedily"):
+        list(generate(model, [[1], [2]], GenerationSettings(), context_length=9))

@@ -1,0 +1,1 @@
+"""How fast, against whom, against which ceiling, and whether the tokens are still the same."""

@@ -1,0 +1,139 @@
+"""No speed without its proof: are the tokens the readable model's, and what is the path's verdict?
+
+Two greedy continuations agree where they are equal, or where they first part at two tokens whose
+logits are within one step of the dtype of each other: there rounding decides. The readable model,
+which is the reference bit for bit, is asked for those logits. Knows models and tokens, no clocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from portkit.architecture import CausalLM
+from portkit.bench.engines import EAGER, EXACT, FAST, READABLE
+from portkit.decoding.fast import FastModel
+from portkit.decoding.packages import Packages, default_folder
+from portkit.decoding.session import Session
+from portkit.generation.loop import Engine, ReadableBatch
+
+Rows = Sequence[Sequence[int]]
+
+_FLOOR_FACTOR = 1.25
+"""How much further from float64 than the readable path rounding may take a path, as in parity."""
+_JUDGED_PROMPT, _JUDGED_STEPS = 24, 16
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an engine's tokens compare with the readable model's.
+
+    `same`: equal, or parted by rounding. `first_difference`: where the first row parts, and by how
+    many steps of the dtype its two logits differ there; None where all is equal. `verdict`: exact,
+    rounding or diverged; None of an engine that is not ours.
+    """
+
+    same: bool
+    first_difference: dict[str, float] | None
+    verdict: str | None
+
+
+def compare_tokens(
+    model: CausalLM, prompts: Rows, tokens: Mapping[str, Rows], verdicts: Mapping[str, str]
+) -> dict[str, Agreement]:
+    """Each engine's agreement with the readable model, whose tokens are made if none gave them."""
+    num_tokens = max(len(row) for rows in tokens.values() for row in rows)
+    readable = tokens.get(READABLE) or _continue(model, prompts, num_tokens)
+    found = {}
+    for engine, rows in tokens.items():
+        difference = _first_difference(model, prompts, readable, rows)
+        same = difference is None or difference["steps"] <= 1
+        found[engine] = Agreement(same, difference, verdicts.get(engine))
+    return found
+
+
+def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dict[str, str]:
+    """The verdict on each of our own paths: how far its logits are from float64's.
+
+    One prompt and some steps with given tokens. Equal to the readable path's in every bit is
+    `exact`; at most 1.25 times as far from the truth `rounding`; else `diverged`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (_JUDGED_PROMPT + _JUDGED_STEPS,), generator=generator)
+    prompts, forced = [ids[:_JUDGED_PROMPT].tolist()], ids[_JUDGED_PROMPT:]
+    room = _JUDGED_STEPS + 1
+    with torch.inference_mode():
+        truth = copy.deepcopy(model).double()(ids[None])[0, _JUDGED_PROMPT - 1 :]
+    readable = _logits(ReadableBatch(model, prompts, room), forced)
+    floor = _distance(readable, truth)
+    found = {}
+    for engine in engines:
+        if engine == READABLE:
+            found[engine] = "exact"
+        elif engine in (EAGER, FAST, EXACT):
+            packages = None if engine == EAGER else Packages(default_folder(), lambda _: None)
+            session = FastModel(model, packages).start(prompts, room)
+            logits = _logits(session, forced)
+            near = _distance(logits, truth) <= _FLOOR_FACTOR * floor
+            equal = torch.equal(logits, readable)
+            found[engine] = "exact" if equal else "rounding" if near else "diverged"
+    return found
+
+
+@torch.inference_mode()
+def _logits(engine: Engine, forced: Tensor) -> Tensor:
+    first = engine.prefill()
+    if isinstance(engine, Session):
+        engine.prepare(wait=True)
+    return torch.cat([first, *(engine.decode(token[None]) for token in forced)])
+
+
+def _distance(logits: Tensor, truth: Tensor) -> float:
+    return float((logits.double() - truth).pow(2).mean().sqrt())
+
+
+@torch.inference_mode()
+def _continue(model: CausalLM, prompts: Rows, num_tokens: int) -> list[list[int]]:
+    engine = ReadableBatch(model, prompts, num_tokens)
+    columns = [engine.prefill().float().argmax(-1)]
+    while len(columns) < num_tokens:
+        columns.append(engine.greedy(columns[-1])[:, -1])
+    return [list(row) for row in torch.stack(columns, 1).tolist()]
+
+
+@torch.inference_mode()
+def _first_difference(
+    model: CausalLM, prompts: Rows, ours: Rows, theirs: Rows
+) -> dict[str, float] | None:
+    parted = [
+        (next(i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), row)
+        for row, (x, y) in enumerate(zip(ours, theirs, strict=True))
+        if list(x) != list(y)
+    ]
+    if not parted:
+        return None
+    # Each row has parted at most by one step where it did first: the widest of them counts.
+    steps = 0.0
+    engine = ReadableBatch(model, prompts, max(place for place, _ in parted) + 1)
+    logits = engine.prefill()
+    for place in range(max(place for place, _ in parted) + 1):
+        for where, row in parted:
+            if where == place:
+                gap = _steps_apart(logits[row], ours[row][place], theirs[row][place])
+                steps = max(steps, gap)
+        if place < max(where for where, _ in parted):
+            logits = engine.decode(torch.tensor([row[place] for row in ours]))
+    return {"token": min(parted)[0], "row": min(parted)[1], "steps": steps}
+
+
+def _steps_apart(logits: Tensor, a: int, b: int) -> float:
+    """How many steps of the logits' dtype lie between two of them, at the larger one's size."""
+    first, second = float(logits[a]), float(logits[b])
+    largest = max(abs(first), abs(second))
+    step = torch.finfo(logits.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 1
+    return abs(first - second) / step

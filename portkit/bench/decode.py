@@ -1,0 +1,213 @@
+"""Engines side by side: each in a process of its own, in turn, medians of several rounds.
+
+Knows how rounds are arranged and what a row of the result is; how an engine runs it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from portkit.architecture import CausalLM
+from portkit.bench.agreement import Agreement, compare_tokens, judge_paths
+from portkit.bench.engines import LLAMA_CPP
+from portkit.errors import BenchError
+from portkit.loading import load
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. `num_tokens` per run, the first of which the prefill gives."""
+
+    repo: str
+    dtype: str
+    engines: tuple[str, ...]
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    num_tokens: int
+    rounds: int
+    threads: int
+    vocab_size: int
+    gguf: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """An engine at one context and batch; seconds are medians over the rounds."""
+
+    engine: str
+    dtype: str
+    batch: int
+    context: int
+    prefill_s: float
+    step_s: float
+    peak_rss_bytes: int
+    compile_s: float
+    bytes_per_token: int | None
+    agreement: Agreement
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all rows of the batch together."""
+        return self.batch / self.step_s
+
+    def fields(self, bandwidth: float) -> dict[str, Any]:
+        """As JSON has it; `bandwidth` in bytes per second."""
+        read = self.bytes_per_token
+        return {
+            "engine": self.engine,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "context": self.context,
+            "tokens_per_s": self.tokens_per_s,
+            "ms_per_token": 1000 * self.step_s,
+            "prefill_ms": 1000 * self.prefill_s,
+            "compile_s": self.compile_s,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "bytes_per_token": read,
+            "bandwidth_fraction": None if read is None else read / self.step_s / bandwidth,
+            "same_tokens": self.agreement.same,
+            "first_difference": self.agreement.first_difference,
+            "verdict": self.agreement.verdict,
+        }
+
+
+class Worker:
+    """A running engine. Raises BenchError where it cannot start or stops answering."""
+
+    def __init__(self, plan: Plan, engine: str) -> None:
+        options = {
+            "engine": engine,
+            "repo": plan.repo,
+            "dtype": plan.dtype,
+            "threads": plan.threads,
+            "gguf": plan.gguf,
+            "context": max(plan.contexts) + plan.num_tokens,
+        }
+        self._engine = engine
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "portkit.bench.worker", json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.load_s: float = self._read()["load_s"]
+
+    def run(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        print(
+            json.dumps({"prompts": prompts, "num_tokens": num_tokens}),
+            file=self._process.stdin,
+            flush=True,
+        )
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        line = self._process.stdout.readline()
+        if not line:
+            said = self._process.stderr.read().strip().splitlines()
+            reason = said[-1] if said else "it said nothing"
+            raise BenchError(f"{self._engine} cannot be measured: {reason}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def measure(plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Row]:
+    """All engines at each context and batch, in turn within each round; a warm-up comes first.
+
+    `advance` is called after each of `num_runs(plan)` runs.
+    """
+    workers: dict[str, Worker] = {}
+    cells = []
+    try:
+        for engine in plan.engines:
+            workers[engine] = Worker(plan, engine)
+        for context in plan.contexts:
+            for batch in plan.batches:
+                cells.append(_Cell(plan, workers, context, batch, advance))
+    finally:
+        for worker in workers.values():
+            worker.close()
+    # Only now, when nothing is measured any more.
+    model = load(plan.repo, dtype=plan.dtype, device="cpu").model
+    verdicts = judge_paths(model, plan.engines, plan.vocab_size)
+    return [row for cell in cells for row in cell.rows(model, verdicts)]
+
+
+def num_runs(plan: Plan) -> int:
+    """How often `measure` advances."""
+    return sum(
+        (plan.rounds + 1) * len(_taking_part(plan.engines, batch))
+        for _ in plan.contexts
+        for batch in plan.batches
+    )
+
+
+class _Cell:
+    """The answers of all engines at one context and batch."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        workers: Mapping[str, Worker],
+        context: int,
+        batch: int,
+        advance: Callable[[], None],
+    ) -> None:
+        self._plan, self._context, self._batch = plan, context, batch
+        self._prompts = prompts_of(plan.vocab_size, context, batch)
+        engines = _taking_part(plan.engines, batch)
+        self._answers: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
+        for number in range(plan.rounds + 1):
+            for engine in engines:
+                answer = workers[engine].run(self._prompts, plan.num_tokens)
+                if number > 0:
+                    self._answers[engine].append(answer)
+                advance()
+
+    def rows(self, model: CausalLM, verdicts: Mapping[str, str]) -> list[Row]:
+        """Medians, and whether the tokens agree."""
+        tokens = {engine: found[-1]["token_ids"] for engine, found in self._answers.items()}
+        agreements = compare_tokens(model, self._prompts, tokens, verdicts)
+        return [
+            Row(
+                engine=engine,
+                dtype=self._plan.dtype,
+                batch=self._batch,
+                context=self._context,
+                prefill_s=median(one["prefill_s"] for one in found),
+                step_s=median(median(one["step_s"]) for one in found),
+                peak_rss_bytes=found[-1]["peak_rss_bytes"],
+                compile_s=found[-1]["compile_s"],
+                bytes_per_token=found[-1].get("bytes_per_token"),
+                agreement=agreements[engine],
+            )
+            for engine, found in self._answers.items()
+        ]
+
+
+def _taking_part(engines: Sequence[str], batch: int) -> list[str]:
+    """llama.cpp's package continues one sequence at a time."""
+    return [engine for engine in engines if batch == 1 or engine != LLAMA_CPP]
+
+
+def prompts_of(vocab_size: int, context: int, batch: int) -> list[list[int]]:
+    """Token ids that every engine continues, the same in every run."""
+    generator = torch.Generator().manual_seed(context)
+    ids = torch.randint(vocab_size, (batch, context), generator=generator)
+    return [list(row) for row in ids.tolist()]

@@ -1,0 +1,200 @@
+"""What is timed: each engine continues a batch of token ids greedily and says when.
+
+Knows how ours, the reference and llama.cpp are called; the parent process knows none of it. Ids go
+in and come out: no text, no sampling, no stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from portkit.bench.roofline import bytes_per_token
+from portkit.loading import COMPUTE_DTYPES, load
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One continuation: the prefill's time, each further token's, and the tokens, by row."""
+
+    prefill_s: float
+    step_s: list[float]
+    token_ids: list[list[int]]
+
+
+class Timed(Protocol):
+    """An engine with a loaded model."""
+
+    compile_s: float
+
+    def run(self, prompts: Prompts, num_tokens: int) -> Run: ...
+
+
+class Ours:
+    """The readable model, or its fast path: as torch runs it, compiled, and with the exact head."""
+
+    def __init__(self, repo: str, dtype: str, name: str) -> None:
+        from portkit.decoding.fast import FastModel
+        from portkit.decoding.packages import Packages, default_folder
+
+        self._model = load(repo, dtype=dtype, device="cpu").model
+        self._name = name
+        self._packages = Packages(default_folder(), _fail) if name in _COMPILED else None
+        self._fast = FastModel(self._model, self._packages)
+
+    @property
+    def compile_s(self) -> float:
+        return self._packages.compile_s if self._packages else 0.0
+
+    def bytes_per_token(self, context: int, batch: int) -> int:
+        exact = self._name == EXACT and batch == 1
+        return bytes_per_token(self._model, context, batch, int8_head=exact)
+
+    def run(self, prompts: Prompts, num_tokens: int) -> Run:
+        if self._name == READABLE:
+            from portkit.generation.loop import ReadableBatch
+
+            readable = ReadableBatch(self._model, prompts, num_tokens)
+            return _timed(readable.prefill, readable.greedy, num_tokens)
+        largest = 1 if self._name == EXACT else None
+        session = self._fast.start(prompts, num_tokens, largest)
+        return _timed(
+            session.prefill, session.greedy, num_tokens, lambda: session.prepare(wait=True)
+        )
+
+
+class Reference:
+    """Transformers' own `generate`, with the cache that it takes by default or a static one."""
+
+    compile_s = 0.0
+
+    def __init__(self, repo: str, dtype: str, name: str) -> None:
+        from portkit.parity.reference import load_reference
+
+        model: Any = load_reference(Path(repo), COMPUTE_DTYPES[dtype]).model
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        self._generate = model.generate
+        self._options = {"cache_implementation": "static"} if name == STATIC else {}
+
+    def run(self, prompts: Prompts, num_tokens: int) -> Run:
+        ids, mask = _padded(prompts)
+        clock = _Clock()
+        out = self._generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            streamer=clock if len(prompts) == 1 else None,
+            **self._options,
+        )
+        ended = time.perf_counter()
+        tokens = out[:, ids.shape[1] :].tolist()
+        if len(prompts) == 1:
+            prefill, *steps = clock.intervals()
+            return Run(prefill, steps, tokens)
+        # Batches cannot be streamed: a continuation by one token is the prefill's share.
+        whole = ended - clock.started
+        clock = _Clock()
+        self._generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False, **self._options)
+        prefill = time.perf_counter() - clock.started
+        return Run(prefill, [(whole - prefill) / (num_tokens - 1)] * (num_tokens - 1), tokens)
+
+
+class GgufEngine:
+    """llama.cpp through its Python package, from a GGUF file of the same weights."""
+
+    compile_s = 0.0
+
+    def __init__(self, gguf: str, num_threads: int, context: int) -> None:
+        import llama_cpp  # type: ignore[import-not-found,unused-ignore]
+
+        self._llama = llama_cpp.Llama(
+            gguf,
+            n_ctx=context,
+            n_threads=num_threads,
+            n_threads_batch=num_threads,
+            verbose=False,
+        )
+
+    def run(self, prompts: Prompts, num_tokens: int) -> Run:
+        (prompt,) = prompts
+        self._llama.reset()
+        started = time.perf_counter()
+        self._llama.eval(list(prompt))
+        token = self._likeliest()
+        times, tokens = [time.perf_counter() - started], [token]
+        while len(tokens) < num_tokens:
+            started = time.perf_counter()
+            self._llama.eval([token])
+            token = self._likeliest()
+            times.append(time.perf_counter() - started)
+            tokens.append(token)
+        return Run(times[0], times[1:], [tokens])
+
+    def _likeliest(self) -> int:
+        return int(self._llama.sample(temp=0.0, top_k=1, repeat_penalty=1.0))
+
+
+READABLE, EAGER, FAST, EXACT = "readable", "fast, not compiled", "fast", "fast, exact head"
+TRANSFORMERS, STATIC = "transformers", "transformers, static cache"
+LLAMA_CPP = "llama.cpp"
+_COMPILED = (FAST, EXACT)
+
+
+def _timed(
+    prefill: Callable[[], Tensor],
+    greedy: Callable[[Tensor], Tensor],
+    num_tokens: int,
+    prepare: Callable[[], None] = lambda: None,
+) -> Run:
+    started = time.perf_counter()
+    logits = prefill()
+    token = logits.float().argmax(-1)
+    rows = [token.tolist()]
+    prefill_s = time.perf_counter() - started
+    prepare()
+    steps = []
+    while len(rows) < num_tokens:
+        started = time.perf_counter()
+        token = greedy(token)[:, -1]
+        rows.append(token.tolist())
+        steps.append(time.perf_counter() - started)
+    return Run(prefill_s, steps, [list(column) for column in zip(*rows, strict=True)])
+
+
+class _Clock:
+    """What `generate` streams to: it is called with the prompt, and then with every token."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self._times: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        self._times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def intervals(self) -> list[float]:
+        ends = self._times[1:]
+        return [b - a for a, b in zip([self.started, *ends], ends, strict=False)]
+
+
+def _padded(prompts: Prompts) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    pads = torch.tensor([[longest - len(prompt)] for prompt in prompts])
+    return ids, (torch.arange(longest) >= pads).long()
+
+
+def _fail(line: str) -> None:
+    raise RuntimeError(line)

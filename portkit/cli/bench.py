@@ -1,0 +1,257 @@
+"""`portkit bench`: how fast, beside whom, under which ceiling, and whether the tokens agree.
+
+Knows options, tables and files; what is measured, and how, is in `portkit.bench`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from portkit.cli import options
+from portkit.cli.output import human_bytes, print_json, progress_bar, table
+from portkit.errors import BenchError
+
+if TYPE_CHECKING:
+    from portkit.bench.decode import Plan, Row
+
+app = typer.Typer(
+    help="Measure speed: ours in its modes, and others beside it, in turn and in one run.",
+    no_args_is_help=True,
+)
+
+
+class Against(StrEnum):
+    transformers = "transformers"
+    llama_cpp = "llama.cpp"
+
+
+AgainstOption = Annotated[
+    list[Against] | None, typer.Option("--against", help="Measured beside ours (may be repeated).")
+]
+Contexts = Annotated[
+    str, typer.Option("--context", metavar="N,…", help="Tokens of the prompt; several, by commas.")
+]
+Batches = Annotated[
+    str, typer.Option("--batch", metavar="N,…", help="Rows at a time; several, by commas.")
+]
+Tokens = Annotated[int, typer.Option("--tokens", min=2, help="Tokens to decode in each run.")]
+Rounds = Annotated[
+    int, typer.Option("--rounds", min=1, help="Rounds, in which all engines take their turn.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of each engine; torch's default.")
+]
+Gguf = Annotated[
+    str | None,
+    typer.Option("--gguf", metavar="FILE", help="The same weights for --against llama.cpp."),
+]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw the speeds as an image.")
+]
+
+
+@app.command("decode")
+def decode(
+    repo: options.Repo,
+    against: AgainstOption = None,
+    contexts: Contexts = "128",
+    batches: Batches = "1",
+    tokens: Tokens = 32,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    dtype: options.DTypeOption = options.DType.auto,
+    gguf: Gguf = None,
+    plot: Plot = None,
+    json: options.Json = False,
+) -> None:
+    """Time a token behind contexts of several lengths, in batches of several sizes."""
+    _check_plot(plot)
+    found = _plan(repo, dtype, threads, against or [], gguf)
+    plan = _with_sizes(found, contexts, batches, tokens, rounds)
+    bandwidth, rows = _measure(plan)
+    if json:
+        results = [row.fields(bandwidth) for row in rows]
+        print_json("bench decode", bandwidth_bytes_per_s=bandwidth, results=results)
+    else:
+        print(f"bandwidth: {human_bytes(bandwidth)}/s, the best read of 512 MB")
+        print(table([_HEADINGS, *(_words(row, bandwidth) for row in rows)]))
+    if plot:
+        from portkit.bench.plotting import plot_speeds
+
+        plot_speeds(rows, plot)
+
+
+@app.command("prefill")
+def prefill(
+    repo: options.Repo,
+    against: AgainstOption = None,
+    contexts: Contexts = "128,2000",
+    batches: Batches = "1",
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    dtype: options.DTypeOption = options.DType.auto,
+    gguf: Gguf = None,
+    json: options.Json = False,
+) -> None:
+    """Time the first token behind prompts of several lengths."""
+    plan = _plan(repo, dtype, threads, against or [], gguf, prefill_only=True)
+    bandwidth, rows = _measure(_with_sizes(plan, contexts, batches, 2, rounds))
+    if json:
+        kept = ("engine", "dtype", "batch", "context", "prefill_ms", "same_tokens", "verdict")
+        found = [row.fields(bandwidth) for row in rows]
+        print_json("bench prefill", results=[{key: one[key] for key in kept} for one in found])
+        return
+    words = [
+        (row.engine, str(row.context), str(row.batch), f"{1000 * row.prefill_s:.1f}")
+        for row in rows
+    ]
+    print(table([("engine", "context", "batch", "ms to the first token"), *words]))
+
+
+@app.command("load")
+def load(
+    repo: options.Repo,
+    against: AgainstOption = None,
+    rounds: Rounds = 5,
+    threads: Threads = None,
+    dtype: options.DTypeOption = options.DType.auto,
+    json: options.Json = False,
+) -> None:
+    """Time whole processes: start, import, load, first token."""
+    from portkit.bench.loading import first_tokens
+
+    plan = _plan(repo, dtype, threads, against or [], None, prefill_only=True)
+    results = first_tokens(_with_sizes(plan, "16", "1", 2, rounds))
+    if json:
+        print_json("bench load", results=results)
+        return
+    words = [(one["engine"], f"{one['seconds']:.2f}", f"{one['load_s']:.2f}") for one in results]
+    print(table([("engine", "s to the first token", "of it s to be loaded"), *words]))
+
+
+_HEADINGS = (
+    "engine", "context", "batch", "tokens/s", "ms/token", "of the bandwidth", "ms to the first",
+    "memory", "compiled in", "same tokens", "verdict",
+)  # fmt: skip
+
+
+def _words(row: Row, bandwidth: float) -> tuple[str, ...]:
+    fraction = row.fields(bandwidth)["bandwidth_fraction"]
+    difference = row.agreement.first_difference
+    same = "yes" if row.agreement.same else "no"
+    if difference is not None:
+        same += f", to token {difference['token']:.0f} ({difference['steps']:.1f} steps)"
+    return (
+        row.engine,
+        str(row.context),
+        str(row.batch),
+        f"{row.tokens_per_s:.1f}",
+        f"{1000 * row.step_s:.2f}",
+        "" if fraction is None else f"{fraction:.0%}",
+        f"{1000 * row.prefill_s:.1f}",
+        human_bytes(row.peak_rss_bytes),
+        f"{row.compile_s:.0f} s" if row.compile_s else "",
+        same,
+        row.agreement.verdict or "",
+    )
+
+
+def _plan(
+    repo: str,
+    dtype: options.DType,
+    threads: int | None,
+    against: Sequence[Against],
+    gguf: str | None,
+    *,
+    prefill_only: bool = False,
+) -> dict[str, Any]:
+    """What a plan says before sizes are known."""
+    import torch
+
+    from portkit.bench import engines
+    from portkit.decoding.packages import has_compiler
+    from portkit.loading import draw, open_checkpoint, resolve_dtype
+
+    _check_others(against, gguf)
+    checkpoint = open_checkpoint(repo)
+    blueprint = draw(checkpoint)
+    ours = [engines.READABLE, engines.EAGER, engines.FAST, engines.EXACT]
+    theirs = [engines.TRANSFORMERS, engines.STATIC] if Against.transformers in against else []
+    if prefill_only:
+        ours, theirs = ours[:1], theirs[:1]
+    theirs += [engines.LLAMA_CPP] if Against.llama_cpp in against else []
+    found = resolve_dtype(dtype, checkpoint)
+    if not has_compiler():
+        print("portkit: note: there is no C++ compiler: without compiled regions", file=sys.stderr)
+        ours = [one for one in ours if one not in (engines.FAST, engines.EXACT)]
+    if found is not torch.bfloat16:
+        ours = [one for one in ours if one != engines.EXACT]  # which is bfloat16's alone
+    return {
+        "repo": repo,
+        "dtype": str(found).removeprefix("torch."),
+        "engines": (*ours, *theirs),
+        "threads": threads or torch.get_num_threads(),
+        "vocab_size": blueprint.config.vocab_size,
+        "limit": blueprint.config.max_position_embeddings,
+        "gguf": gguf,
+    }
+
+
+def _with_sizes(
+    found: dict[str, Any], contexts: str, batches: str, tokens: int, rounds: int
+) -> Plan:
+    from portkit.bench.decode import Plan
+
+    limit = found.pop("limit")
+    sizes, rows = _numbers("--context", contexts), _numbers("--batch", batches)
+    if max(sizes) + tokens > limit:
+        raise BenchError(
+            f"--context {max(sizes)} and {tokens} tokens exceed the model's context of {limit}: "
+            "take less"
+        )
+    if max(rows) > 32:
+        raise BenchError(f"--batch {max(rows)}: batches of 1 to 32 are measured")
+    return Plan(**found, contexts=sizes, batches=rows, num_tokens=tokens, rounds=rounds)
+
+
+def _measure(plan: Plan) -> tuple[float, list[Row]]:
+    import torch
+
+    from portkit.bench.decode import measure, num_runs
+    from portkit.bench.roofline import bandwidth
+
+    torch.set_num_threads(plan.threads)
+    ceiling = bandwidth()
+    with progress_bar("measuring", num_runs(plan)) as advance:
+        return ceiling, measure(plan, advance)
+
+
+def _check_others(against: Sequence[Against], gguf: str | None) -> None:
+    if Against.transformers in against and find_spec("transformers") is None:
+        raise BenchError("--against transformers: it is missing; pip install 'portkit[parity]'")
+    if Against.llama_cpp in against and find_spec("llama_cpp") is None:
+        raise BenchError("--against llama.cpp: it is missing; pip install llama-cpp-python")
+    if Against.llama_cpp in against and gguf is None:
+        raise BenchError("--against llama.cpp reads weights of its own format: give --gguf FILE")
+
+
+def _check_plot(plot: Path | None) -> None:
+    if plot is not None and find_spec("matplotlib") is None:
+        raise BenchError("--plot needs matplotlib: pip install 'portkit[plot]'")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise BenchError(f"{option} {text}: give whole numbers above 0, separated by commas")
+    return numbers

@@ -1,0 +1,114 @@
+"""Compiling regions, in a process of its own: whoever decodes waits for no compiler.
+
+    python -m portkit.decoding.compiler RECIPES
+
+RECIPES is a pickled list of recipes and where their packages go. A package holds machine code that
+torch runs without its compiler; nothing else in the fast path imports that. Knows torch's export
+and inductor.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from portkit.decoding.compiled_operations import IN_PLACE_OF
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A region to compile: its code, and shape, dtype and what grows of each argument.
+
+    `growing[i]` names the size of argument i's first dimension, where that changes from call to
+    call, and is 0 in its shape; None where nothing does.
+    """
+
+    code: str
+    names: dict[str, Any]
+    modules: dict[str, str]
+    """Names in the code that are modules, which cannot be pickled."""
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    growing: tuple[str | None, ...]
+    threads: int
+
+
+def recipe(
+    graph: fx.Graph, arguments: Sequence[Tensor], growing: Sequence[str | None], threads: int
+) -> Recipe:
+    """What compiles a region that is called with such arguments."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in copy.nodes:
+        if node.op == "call_function":
+            node.target = IN_PLACE_OF.get(node.target, node.target)
+    code = copy.python_code("self")
+    # Unpickled in the process that compiles, where nothing but names can arrive.
+    return Recipe(
+        code.src,
+        {k: one for k, one in code.globals.items() if not isinstance(one, ModuleType)},
+        {k: one.__name__ for k, one in code.globals.items() if isinstance(one, ModuleType)},
+        tuple(
+            tuple(one.shape) if name is None else (0, *one.shape[1:])
+            for one, name in zip(arguments, growing, strict=True)
+        ),
+        tuple(one.dtype for one in arguments),
+        tuple(growing),
+        threads,
+    )
+
+
+class _Region(nn.Module):
+    def __init__(self, one: Recipe) -> None:
+        super().__init__()
+        names = one.names | {name: import_module(path) for name, path in one.modules.items()}
+        exec(one.code, names)
+        self._run = names["forward"]
+
+    def forward(self, *arguments: Tensor) -> Any:
+        return self._run(self, *arguments)
+
+
+def compile_region(one: Recipe, package: Path) -> None:
+    """Write the compiled region; a package appears whole or not at all."""
+    from torch._inductor import aoti_compile_and_package
+    from torch.export import Dim, export
+
+    torch.set_num_threads(one.threads)
+    sizes = {name: Dim(name, min=2) for name in one.growing if name is not None}
+    # Examples of different lengths, or two sizes would be taken for one.
+    lengths = {name: 64 + 16 * index for index, name in enumerate(sizes)}
+    arguments, dynamic = [], []
+    for shape, dtype, name in zip(one.shapes, one.dtypes, one.growing, strict=True):
+        size = shape if name is None else (lengths[name], *shape[1:])
+        arguments.append(torch.zeros(size, dtype=dtype))
+        dynamic.append(None if name is None else {0: sizes[name]})
+    unfinished = package.with_suffix(f".{os.getpid()}.pt2")
+    with torch.no_grad():
+        exported = export(_Region(one), tuple(arguments), dynamic_shapes=(tuple(dynamic),))
+        aoti_compile_and_package(
+            exported, package_path=str(unfinished), inductor_configs=_INDUCTOR_OPTIONS
+        )
+    unfinished.replace(package)
+
+
+_INDUCTOR_OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "size_asserts": False}
+
+
+if __name__ == "__main__":
+    os.nice(19)  # whoever decodes meanwhile comes first
+    with Path(sys.argv[1]).open("rb") as file:
+        recipes = pickle.load(file)
+    Path(sys.argv[1]).unlink()
+    for one, package in recipes:
+        compile_region(one, package)
