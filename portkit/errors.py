@@ -46,6 +46,14 @@ class ReferenceUnavailable(PortkitError):
     """The reference implementation is missing or cannot load this checkpoint faithfully."""
 
 
+class DataError(PortkitError):
+    """Training text or a token file is missing, empty, damaged, or not what it should be."""
+
+
+class TrainingError(PortkitError):
+    """A training run cannot start, go on, or be saved as it was asked for."""
+
+
 class Mismatch(PortkitError):
     """A readable checkpoint that does not fit its config: tensors missing, extra or misshapen."""
 
