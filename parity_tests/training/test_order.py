@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def test_documents_stay_whole_within_a_block(tokens: TokenFile) -> None:
     begins = set(tokens.starts[:-1].tolist())
     ends = {end - 1 for end in tokens.starts[1:].tolist()}
     for block in Order(tokens, BLOCK, seed=3).blocks(0, 60).tolist():
-        for one, following in zip(block[:-1], block[1:], strict=True):
+        for one, following in itertools.pairwise(block):
             assert following == one + 1 or (one in ends and following in begins)
 
 

@@ -152,7 +152,7 @@ def test_preparation_that_was_cut_off_gives_the_same_file(
 
     reached: list[float] = []
 
-    def stop(part: str, done: float) -> None:
+    def stop(_: str, done: float) -> None:
         if not reached or done > reached[-1]:
             reached.append(done)
             raise Stop

@@ -19,7 +19,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from portkit.cli import demo, generate, import_, inspect, list_, load, parity
+from portkit.cli import demo, generate, import_, inspect, list_, load, parity, train
 from portkit.errors import PortkitError
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
@@ -50,6 +50,7 @@ for name, verb in {
     "inspect": inspect,
     "parity": parity,
     "generate": generate,
+    "train": train,
     "import": import_,
     "list": list_,
 }.items():

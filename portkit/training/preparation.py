@@ -49,7 +49,8 @@ class Corpus:
                 yield document
             elif self.survey.num_documents < _FEW_DOCUMENTS:
                 cut = max(len(document) * 9 // 10, len(document) - _HELD_OUT_OF_ONE)
-                yield document[:cut] if self.part == TRAIN else document[cut:]
+                if part := document[:cut] if self.part == TRAIN else document[cut:]:
+                    yield part
             elif _is_held_out(document) == (self.part == HELD_OUT):
                 yield document
 
