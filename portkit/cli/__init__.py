@@ -19,7 +19,7 @@ from typing import NoReturn
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from portkit.cli import demo, generate, import_, inspect, list_, load, parity, train
+from portkit.cli import demo, generate, import_, inspect, list_, load, parity, plot, train
 from portkit.errors import PortkitError
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
@@ -51,6 +51,7 @@ for name, verb in {
     "parity": parity,
     "generate": generate,
     "train": train,
+    "plot": plot,
     "import": import_,
     "list": list_,
 }.items():

@@ -5,6 +5,7 @@ Knows how the settings are spelled and how progress reads; the training is in `p
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -184,6 +185,8 @@ def command(
         dtype="float32" if dtype == options.DType.auto else dtype,
     )
     outcome = train(inputs, recipe, out, habits, _Narrator())
+    if int(os.environ.get("RANK", "0")):
+        return  # torchrun has started several of us, and the first one speaks
     result = outcome.evaluation
     if json:
         print_json(
