@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -73,19 +72,19 @@ def test_two_ranks_train_as_one_does(inputs: Inputs, tmp_path: Path) -> None:
     train(inputs, muon, tmp_path / "one-muon", HABITS)
     with pytest.raises(KeyboardInterrupt):
         train(inputs, plain, one_to_two, HABITS, stop)
+    two_to_one = tmp_path / "two-to-one"
     with_two_ranks(
         inputs,
         [
             (two, plain, 0),
+            (two_to_one, plain, STOP),
             (two_to_two, plain, STOP),
+            (two_to_two, plain, 0),
             (one_to_two, plain, 0),
             (tmp_path / "two-muon", muon, 0),
         ],
     )
-    two_to_one = tmp_path / "two-to-one"
-    shutil.copytree(two_to_two, two_to_one)
     train(inputs, plain, two_to_one, HABITS)
-    with_two_ranks(inputs, [(two_to_two, plain, 0)])
 
     expected = losses(one)
     for run in (two, one_to_two, two_to_one):

@@ -139,6 +139,21 @@ def test_accumulation_and_recomputation_change_memory_only(inputs: Inputs, tmp_p
         assert one == pytest.approx(other, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled_layers_train_alike(inputs: Inputs, tmp_path: Path) -> None:
+    """Within rounding; and resumed exactly, as any other run."""
+    losses = {}
+    for name, compile_ in (("plain", False), ("compiled", True)):
+        train(inputs, recipe(compile=compile_), tmp_path / name, HABITS)
+        losses[name] = journal.series(journal.read_lines(tmp_path / name), "step", "loss")
+    for (_, one), (_, other) in zip(losses["compiled"], losses["plain"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        train(inputs, recipe(compile=True), tmp_path / "stopped", HABITS, stop_at(7))
+    train(inputs, recipe(compile=True), tmp_path / "stopped", HABITS)
+    assert same_weights(tmp_path / "compiled", tmp_path / "stopped")
+
+
 def test_a_seed_is_a_run(inputs: Inputs, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(inputs, recipe(seed=seed, steps=4), tmp_path / name, HABITS)

@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code. A user's error is one line on stderr."""
     try:
         code = app(args=argv, prog_name="portkit", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # which typer makes of a Ctrl-C in a verb
+            _say_error("interrupted", code)
     except Exit as exit_:
         code = exit_.exit_code
         if code == INTERRUPTED:  # which typer makes of Ctrl-C

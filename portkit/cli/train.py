@@ -32,6 +32,11 @@ class Optimizer(StrEnum):
     muon = "muon"
 
 
+class Tracker(StrEnum):
+    tensorboard = "tensorboard"
+    trackio = "trackio"
+
+
 class Precision(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -135,6 +140,10 @@ def command(
         int, typer.Option("--sample-every", help="Steps between samples of text; 0: none.")
     ] = 0,
     prompt: Annotated[str, typer.Option("-p", "--prompt", help="What samples begin with.")] = "",
+    track: Annotated[
+        Tracker | None,
+        typer.Option("--track", help="Log to TensorBoard or trackio too, where installed."),
+    ] = None,
     dtype: Annotated[
         options.DType, typer.Option("--dtype", help="Of the published weights; auto is float32.")
     ] = options.DType.auto,
@@ -143,8 +152,9 @@ def command(
 ) -> None:
     """Train CONFIG on text; RUN/model is then a checkpoint that everything else reads."""
     from portkit.training import recipe as recipes
-    from portkit.training.run import Inputs, train
+    from portkit.training.run import Inputs, Watch, train
     from portkit.training.schedule import Shape
+    from portkit.training.tracking import TrackerName, open_tracker
 
     trapezoid = schedule == Schedule.trapezoid
     recipe = recipes.Recipe(
@@ -184,7 +194,15 @@ def command(
         device=device,
         dtype="float32" if dtype == options.DType.auto else dtype,
     )
-    outcome = train(inputs, recipe, out, habits, _Narrator())
+    watchers: list[Watch] = [_Narrator()]
+    if track is not None:
+        watchers.append(open_tracker(TrackerName(track), out))
+
+    def watch(record: Mapping[str, Any]) -> None:
+        for one in watchers:
+            one(record)
+
+    outcome = train(inputs, recipe, out, habits, watch)
     if int(os.environ.get("RANK", "0")):
         return  # torchrun has started several of us, and the first one speaks
     result = outcome.evaluation
