@@ -29,7 +29,7 @@ from portkit.training.objective import Objective
 
 MAKE_CHECKPOINT = Path(__file__).resolve().parents[2] / "tools" / "make_checkpoint.py"
 DTYPES = [torch.float32, torch.bfloat16]
-KERNELS = ["sdpa", "eager"]
+COMPUTED = [(torch.float32, "sdpa"), (torch.bfloat16, "sdpa"), (torch.bfloat16, "eager")]
 TOKENS = 41
 """Longer than the windows of the tiny checkpoints."""
 RELEASED = {
@@ -78,8 +78,7 @@ def unequal(ours: CausalLM, theirs: nn.Module, ids: Tensor) -> list[str]:
     return [name for name in reversed(found) if not torch.equal(found[name], expected[name])]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "kernel"), COMPUTED, ids=str)
 @pytest.mark.parametrize("name", TINY)
 def test_every_gradient_is_exact(
     name: str, dtype: torch.dtype, kernel: str, tiny_checkpoint: CheckpointMaker

@@ -51,7 +51,7 @@ def test_chunks_change_nothing_but_rounding(
     whole = Objective(trained, in_bfloat16)(inputs, targets)
     expected = gradients(trained, whole)
     assert expected.keys() == dict(trained.named_parameters()).keys()
-    monkeypatch.setattr(objective, "_CHUNK_LOGITS", chunk * VOCABULARY)
+    monkeypatch.setitem(objective._CHUNK_LOGITS, "cpu", chunk * VOCABULARY)
     chunked = Objective(trained, in_bfloat16)(inputs, targets)
     found = gradients(trained, chunked)
     assert chunked.dtype == torch.float32
@@ -87,7 +87,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = model(hidden_size=24)
     inputs, targets = batch()
-    monkeypatch.setattr(objective, "_CHUNK_LOGITS", 7 * VOCABULARY)
+    monkeypatch.setitem(objective._CHUNK_LOGITS, "cpu", 7 * VOCABULARY)
     with Largest() as largest:
         Objective(trained, bfloat16=False)(inputs, targets).backward()
     # The head's own transposed view has as many rows as the hidden size.

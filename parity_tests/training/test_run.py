@@ -22,6 +22,7 @@ from portkit.loading import load
 from portkit.parity.reference import load_reference
 from portkit.tokenizer import Tokenizer
 from portkit.training import journal
+from portkit.training.lock import only_one
 from portkit.training.recipe import Habits, OptimizerName, Precision, Recipe
 from portkit.training.run import Inputs, train
 from portkit.training.schedule import Shape
@@ -305,6 +306,38 @@ def test_a_folder_that_is_no_run_is_left_alone(inputs: Inputs, tmp_path: Path) -
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     assert "is no run and not empty" in refusal(TrainingError, inputs, RECIPE, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    (tmp_path / "file").write_text("precious")
+    assert "is a file" in refusal(TrainingError, inputs, RECIPE, tmp_path / "file")
+
+
+def test_two_processes_do_not_train_in_one_folder(inputs: Inputs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with only_one(run):
+        said = refusal(TrainingError, inputs, RECIPE, run)
+    assert "another process is training" in said
+    train(inputs, recipe(steps=3), run, HABITS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile_", [False, True])
+def test_on_a_gpu(compile_: bool, inputs: Inputs, tmp_path: Path) -> None:
+    """Begins with the CPU's weights and blocks, so its first loss is the CPU's; and resumes."""
+    told = recipe(precision=Precision.bfloat16, compile=compile_)
+    on_gpu = replace(inputs, device="cuda")
+    train(inputs, told, tmp_path / "cpu", HABITS)
+    train(on_gpu, told, tmp_path / "gpu", HABITS)
+    cpu, gpu = (
+        journal.series(journal.read_lines(tmp_path / name), "step", "loss")
+        for name in ("cpu", "gpu")
+    )
+    assert gpu[0][1] == pytest.approx(cpu[0][1], rel=1e-3)
+    assert gpu[-1][1] == pytest.approx(cpu[-1][1], rel=2e-2)
+    with pytest.raises(KeyboardInterrupt):
+        train(on_gpu, told, tmp_path / "stopped", HABITS, stop_at(7))
+    train(on_gpu, told, tmp_path / "stopped", HABITS)
+    for name, tensor in weights(tmp_path / "stopped").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "gpu")[name], rtol=1e-2, atol=1e-2)
 
 
 def test_a_checkpoints_tokenizer_brings_its_vocabulary(inputs: Inputs, tmp_path: Path) -> None:

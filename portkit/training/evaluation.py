@@ -63,7 +63,7 @@ class HeldOut:
         rows = torch.cat((rows, filler), dim=1)
         for start in range(ranks.rank * self._num_rows, rows.shape[1], at_once):
             inputs, targets = rows[:, start : start + self._num_rows].to(ranks.device)
-            nats += objective(inputs, targets).double().cpu()
+            nats += objective(inputs, targets).cpu().double()
         total = ranks.sum(nats).item()
         return Evaluation(
             nats_per_token=total / self.num_tokens,

@@ -11,11 +11,11 @@ the order of things; each thing is another file's.
 
 from __future__ import annotations
 
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,13 +24,14 @@ from typing import Any
 import torch
 
 from portkit.checkpoint import CONFIG
-from portkit.errors import PortkitError, TrainingError
+from portkit.errors import TrainingError
 from portkit.loading import open_checkpoint, resolve_device
 from portkit.tokenizer import Tokenizer
 from portkit.training import journal, vocabulary
 from portkit.training.beginnings import build, fit_config, read_variant
 from portkit.training.evaluation import Evaluation, HeldOut, sample
 from portkit.training.interruption import Interruption
+from portkit.training.lock import LOCK, only_one
 from portkit.training.loop import Trainer
 from portkit.training.order import Order
 from portkit.training.preparation import Corpus, divide, prepare
@@ -42,7 +43,7 @@ from portkit.training.texts import find_texts
 from portkit.training.tokens import TokenFile
 
 BPE, CHARACTERS = "bpe", "characters"
-_PARTS = {"data", "tokenizer"}
+_PARTS = {"data", "tokenizer", LOCK}
 
 Watch = Callable[[Mapping[str, Any]], None]
 """Told each record of `run.jsonl` as it is written, on the first rank."""
@@ -97,9 +98,14 @@ def train(
     """
     started = time.perf_counter()
     habits = habits or Habits()
-    with joined(resolve_device(inputs.device)) as ranks:
+    with ExitStack() as held:
+        ranks = held.enter_context(joined(resolve_device(inputs.device)))
+        prepared = None
         with ranks.first_does() as first:
-            prepared = _prepare(inputs, recipe, folder, watch) if first else None
+            if first:
+                _refuse_foreign(folder)
+                held.enter_context(only_one(folder))
+                prepared = _prepare(inputs, recipe, folder, watch)
         prepared = ranks.tell(prepared)
         assert prepared is not None
         session = _Session(prepared, recipe, habits, folder, ranks, watch)
@@ -116,16 +122,25 @@ def train(
     )
 
 
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"{folder} is a file: name a new folder with --out")
+    begun = journal.read_run(folder) is not None
+    if folder.exists() and not begun and {one.name for one in folder.iterdir()} - _PARTS:
+        raise TrainingError(f"{folder} is no run and not empty: name a new folder with --out")
+
+
 def _prepare(inputs: Inputs, recipe: Recipe, folder: Path, watch: Watch) -> _Prepared:
     """Tokenizer, token files, fitted config and `run.json`; checked against an earlier beginning.
 
     Raises a PortkitError before anything is changed where they are not the earlier ones.
     """
     earlier = journal.read_run(folder)
-    if folder.exists() and earlier is None and {one.name for one in folder.iterdir()} - _PARTS:
-        raise TrainingError(f"{folder} is no run and not empty: name a new folder with --out")
     raw = read_variant(inputs.config)
-    corpora = divide(*_texts(inputs))
+    texts, held_out = find_texts(inputs.data)
+    if inputs.held_out is not None:
+        held_out, _ = find_texts(inputs.held_out)
+    corpora = divide(texts, held_out)
     data = {one.part: one.survey.sha256 for one in corpora}
     if earlier is not None and earlier["data"] != data:
         raise TrainingError(
@@ -135,9 +150,7 @@ def _prepare(inputs: Inputs, recipe: Recipe, folder: Path, watch: Watch) -> _Pre
     tokenizer, vocab_size = _tokenizer(inputs, raw, corpora[0], folder, earlier)
     config = fit_config(raw, tokenizer, recipe.context, vocab_size)
     identity = {"config": config, "data": data, "recipe": asdict(recipe)}
-    if earlier is None:
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
+    if earlier is not None:
         _refuse_another(identity, earlier, recipe, folder)
     tokenizer_sha256 = vocabulary.digest(folder / "tokenizer")
 
@@ -153,13 +166,6 @@ def _prepare(inputs: Inputs, recipe: Recipe, folder: Path, watch: Watch) -> _Pre
         facts = {"versions": versions, "command": sys.argv, "inputs": asdict(inputs)}
         journal.write_run(folder, identity | {"tokenizer_sha256": tokenizer_sha256} | facts)
     return _Prepared(config, *(one.path for one in files))
-
-
-def _texts(inputs: Inputs) -> tuple[Any, Any]:
-    texts, held_out = find_texts(inputs.data)
-    if inputs.held_out is not None:
-        held_out, _ = find_texts(inputs.held_out)
-    return texts, held_out
 
 
 def _tokenizer(
@@ -235,7 +241,7 @@ class _Session:
         self._tokenizer = vocabulary.open_folder(folder / "tokenizer")
         notes: list[str] = []
         self._saves = Saves(folder / "steps", habits.keep, ranks, notes.append)
-        self.step = self._saves.load(self.trainer.state)
+        self.step = self._saved = self._saves.load(self.trainer.state)
         self._journal = journal.Journal(folder, self.step) if ranks.first else None
         self._watch = watch
         for note in notes:
@@ -247,8 +253,7 @@ class _Session:
     def run(self, interruption: Interruption) -> Evaluation:
         """Train to the end; returns the last evaluation."""
         recipe, habits = self._recipe, self._habits
-        first, saved = self.step, self.step
-        evaluation = None
+        first, evaluation = self.step, None
         try:
             while self.step < recipe.steps:
                 self._take_step(first)
@@ -256,7 +261,6 @@ class _Session:
                 stop = self._ranks.any(interruption.requested)
                 if last or stop or self.step % habits.save_every == 0:
                     self._save()
-                    saved = self.step
                 if stop and not last:
                     raise KeyboardInterrupt
                 if habits.eval_every and self.step % habits.eval_every == 0:
@@ -265,10 +269,6 @@ class _Session:
                     self._sample()
             if evaluation is None or self.step % habits.eval_every:
                 evaluation = self._evaluate()
-        except PortkitError as error:
-            if saved and "is safe" not in str(error):
-                raise type(error)(f"{error}; step {saved} is saved") from error
-            raise
         finally:
             if self._journal is not None:
                 self._journal.close()
@@ -276,7 +276,10 @@ class _Session:
 
     def _take_step(self, first: int) -> None:
         started = time.perf_counter()
-        result = self.trainer.step(self.step)
+        try:
+            result = self.trainer.step(self.step)
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {self._safe()}") from error
         self.step += 1
         now = time.perf_counter()
         per_step_s = (now - self._started) / (self.step - first)
@@ -293,10 +296,14 @@ class _Session:
         if not self.trainer.is_finite():
             raise TrainingError(
                 f"the weights are not finite after step {self.step} and were not saved: lower "
-                "--learning-rate"
+                f"--learning-rate; {self._safe()}"
             )
         self._saves.save(self.step, self.trainer.state)
+        self._saved = self.step
         self._tell("saved")
+
+    def _safe(self) -> str:
+        return f"step {self._saved} is saved" if self._saved else "no step had been saved before"
 
     def _evaluate(self) -> Evaluation:
         evaluation = self._held_out.evaluate(self.trainer.objective, self._ranks)
@@ -323,5 +330,7 @@ def _peak_memory(device: torch.device) -> int:
     """Bytes: what the GPU had allocated at most, or else what the process had resident at most."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
