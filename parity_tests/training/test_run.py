@@ -237,6 +237,8 @@ def test_a_run_is_not_gone_on_with_otherwise(inputs: Inputs, tmp_path: Path, tex
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     said = refusal(TrainingError, inputs, recipe(learning_rate=3e-3), run)
     assert "--learning-rate 0.01, now 0.003" in said
+    said = refusal(TrainingError, replace(inputs, tokenizer="bpe"), RECIPE, run)
+    assert "tokenizer 'characters', now 'bpe'" in said
     original = text.read_text()
     text.write_text(original + "<|endoftext|>one more")
     assert "the text is not what" in refusal(TrainingError, inputs, RECIPE, run)

@@ -102,6 +102,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
         (["--final-rate", "1"], "the final rate 1 must lie between 0 and the peak"),
         (["--warmup-steps", "13"], "optimizer steps are counted"),
         (["--tokenizer", "bpe", "--vocab-size", "99"], "choose 512 to 32768"),
+        (["--vocab-size", "999"], "--vocab-size goes with --tokenizer bpe"),
         (["--context", "65"], "max_position_embeddings 64"),
         (["--data", "nowhere.txt"], "there is no text at 'nowhere.txt'"),
         (["--held-out", "nowhere.txt"], "there is no text at 'nowhere.txt'"),

@@ -149,7 +149,8 @@ def _prepare(inputs: Inputs, recipe: Recipe, folder: Path, watch: Watch) -> _Pre
         )
     tokenizer, vocab_size = _tokenizer(inputs, raw, corpora[0], folder, earlier)
     config = fit_config(raw, tokenizer, recipe.context, vocab_size)
-    identity = {"config": config, "data": data, "recipe": asdict(recipe)}
+    asked = {"tokenizer": inputs.tokenizer, "vocab_size": inputs.vocab_size}
+    identity = {"config": config, "data": data, "asked": asked, "recipe": asdict(recipe)}
     if earlier is not None:
         _refuse_another(identity, earlier, recipe, folder)
     tokenizer_sha256 = vocabulary.digest(folder / "tokenizer")
@@ -163,7 +164,7 @@ def _prepare(inputs: Inputs, recipe: Recipe, folder: Path, watch: Watch) -> _Pre
     Order(files[0], recipe.context, recipe.seed)  # refuses a text that is too short
     if earlier is None:
         versions = {one: version(one) for one in ("portkit", "torch", "numpy", "tokenizers")}
-        facts = {"versions": versions, "command": sys.argv, "inputs": asdict(inputs)}
+        facts = {"versions": versions, "command": sys.argv}
         journal.write_run(folder, identity | {"tokenizer_sha256": tokenizer_sha256} | facts)
     return _Prepared(config, *(one.path for one in files))
 
@@ -184,6 +185,10 @@ def _tokenizer(
                 f"{home} is not the tokenizer that the run began with: bring it back from a copy"
             )
         return vocabulary.open_folder(home), earlier["config"]["vocab_size"]
+    if inputs.vocab_size is not None and inputs.tokenizer != BPE:
+        raise TrainingError(
+            f"--vocab-size goes with --tokenizer {BPE}: {inputs.tokenizer} has a size of its own"
+        )
     shutil.rmtree(home, ignore_errors=True)
     if inputs.tokenizer == CHARACTERS:
         # Of all the text, as is usual: a character that only the held-out part has is no surprise.
@@ -205,12 +210,13 @@ def _refuse_another(
     identity: Mapping[str, Any], earlier: Mapping[str, Any], recipe: Recipe, folder: Path
 ) -> None:
     different = recipe.differences(earlier["recipe"])
-    config = identity["config"]
-    different += [
-        f"{key} {earlier['config'].get(key)!r}, now {config.get(key)!r}"
-        for key in sorted(config.keys() | earlier["config"].keys())
-        if earlier["config"].get(key) != config.get(key)
-    ]
+    for part in ("asked", "config"):
+        now, before = identity[part], earlier[part]
+        different += [
+            f"{key} {before.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(now.keys() | before.keys())
+            if before.get(key) != now.get(key)
+        ]
     if different:
         raise TrainingError(
             f"{folder} was begun otherwise ({'; '.join(different[:3])}): use the same settings to "
