@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from parity_tests.training.conftest import recipe
 from portkit.config import ConfigReader
 from portkit.errors import InvalidConfig
+from portkit.loading import load
+from portkit.parity.reference import load_reference
 from portkit.registry import architecture_of, variants
 from portkit.training.beginnings import build, read_variant
+from portkit.training.run import Inputs, train
 
 SIZES = {"1m": 1e6, "5m": 5e6, "15m": 15e6, "30m": 30e6}
 FAMILIES = ("gemma3", "llama", "qwen3")
@@ -76,3 +81,16 @@ def test_an_unknown_variant_lists_those_there_are(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InvalidConfig, match="is not JSON"):
         read_variant(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_trains_and_the_reference_reads_it(
+    family: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    inputs = replace(inputs, config=f"{family}-1m")
+    model = train(inputs, recipe(steps=2, warmup_steps=0), tmp_path / "run").model
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        ours = load(model, device="cpu").model(ids)
+        theirs = load_reference(model, torch.float32).model(input_ids=ids).logits
+    assert torch.equal(ours, theirs)
