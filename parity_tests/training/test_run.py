@@ -180,6 +180,11 @@ def test_what_the_model_draws_is_a_function_of_the_step(
     torch.manual_seed(12345)
     train(inputs, RECIPE, tmp_path / "stopped", HABITS)
     assert same_weights(tmp_path / "straight", tmp_path / "stopped")
+    evaluated = [
+        journal.series(journal.read_lines(tmp_path / name), "evaluation", "nats_per_token")
+        for name in ("straight", "stopped")
+    ]
+    assert evaluated[0] == evaluated[1]  # without dropout
 
 
 def test_what_a_run_leaves_to_be_read(inputs: Inputs, tmp_path: Path) -> None:

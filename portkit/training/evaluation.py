@@ -61,9 +61,11 @@ class HeldOut:
         filler = torch.zeros(2, missing, rows.shape[2], dtype=rows.dtype)
         filler[1] = IGNORED
         rows = torch.cat((rows, filler), dim=1)
+        objective.eval()
         for start in range(ranks.rank * self._num_rows, rows.shape[1], at_once):
             inputs, targets = rows[:, start : start + self._num_rows].to(ranks.device)
             nats += objective(inputs, targets).cpu().double()
+        objective.train()
         total = ranks.sum(nats).item()
         return Evaluation(
             nats_per_token=total / self.num_tokens,
@@ -83,5 +85,8 @@ def sample(model: CausalLM, tokenizer: Tokenizer, prompt: str, context: int, see
         seed=seed,
     )
     ids = tokenizer.encode(prompt) or [tokenizer.bos_id or 0]
+    model.eval()
     steps = generate(model, [ids], settings, context_length=context + 1, tokenizer=tokenizer)
-    return prompt + "".join(step.text for step in steps)
+    text = "".join(step.text for step in steps)
+    model.train()
+    return prompt + text

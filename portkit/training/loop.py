@@ -123,8 +123,10 @@ class Trainer:
             ]
             where = f", first in that of {bad[-1]}" if bad else ""
         else:
-            for micro in range(self.recipe.accumulation):
-                where = where or _first_not_finite(self, self._blocks(step, micro))
+            # All of them, found or not: every rank has to run as often as the others.
+            micros = range(self.recipe.accumulation)
+            found = [_first_not_finite(self, self._blocks(step, micro)) for micro in micros]
+            where = next(filter(None, found), "")
         return (
             f"the {what} is not finite at step {step + 1}{where}; nothing was saved from it: lower "
             "--learning-rate, or clip harder with --max-gradient-norm"
