@@ -54,6 +54,14 @@ class TrainingError(PortkitError):
     """A training run cannot start, go on, or be saved as it was asked for."""
 
 
+class ProbeError(PortkitError):
+    """A probe that cannot be read, or that a model cannot be asked: no such token or position."""
+
+
+class OutOfMemory(PortkitError):
+    """The machine's memory does not hold what was asked for; says what asks for less."""
+
+
 class Mismatch(PortkitError):
     """A readable checkpoint that does not fit its config: tensors missing, extra or misshapen."""
 

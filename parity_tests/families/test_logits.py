@@ -10,9 +10,10 @@ import torch
 from parity_tests.checkpoints import TINY, save_tiny_multimodal
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
-from portkit.parity.logits import compare_logits, port_logits
-from portkit.parity.probe import default_probe
+from portkit.parity.logits import compare_logits, run_all
+from portkit.parity.probing import default_probe, thorough_probe
 from portkit.parity.reference import load_reference
+from portkit.parity.sites import PortSide
 
 DTYPES = [torch.float32, torch.bfloat16]
 KERNELS = ["sdpa", "eager"]
@@ -20,9 +21,9 @@ KERNELS = ["sdpa", "eager"]
 
 def unequal_passes(folder: Path, dtype: torch.dtype, kernel: str) -> list[str]:
     model = load(folder, dtype=str(dtype).removeprefix("torch."), attention=kernel).model
-    probe = default_probe(model)
-    reference = load_reference(folder, dtype, kernel)
-    results = compare_logits(probe, port_logits(model, probe), reference.logits(probe))
+    probe = thorough_probe(model)
+    port, reference = PortSide(model, probe.longest), load_reference(folder, dtype, kernel)
+    results = compare_logits(probe, run_all(port, probe), run_all(reference, probe))
     assert len(results) == len(probe)
     assert all(one.num_logits > 0 for one in results)
     return [f"{one.name} by {one.max_difference}" for one in results if not one.exact]
@@ -58,25 +59,9 @@ def test_a_changed_last_bit_is_seen(tiny_checkpoint: CheckpointMaker) -> None:
     folder = tiny_checkpoint("llama3", torch.bfloat16)
     model = load(folder).model
     probe = default_probe(model)
-    reference = load_reference(folder, torch.bfloat16).logits(probe)
+    port, reference = PortSide(model, probe.longest), load_reference(folder, torch.bfloat16)
     weight = model.get_parameter("model.layers.11.mlp.up_proj.weight")
     with torch.no_grad():
         weight.view(torch.int16)[0, 0] += 1
-    results = compare_logits(probe, port_logits(model, probe), reference)
+    results = compare_logits(probe, run_all(port, probe), run_all(reference, probe))
     assert not all(one.exact for one in results)
-
-
-def test_the_probe_reaches_what_the_config_turns_on(tiny_checkpoint: CheckpointMaker) -> None:
-    model = load(tiny_checkpoint("gemma3")).model
-    probe = {one.name: one for one in default_probe(model)}
-    window = 24
-    assert probe["short"].input_ids.shape[1] < window
-    assert probe["window"].input_ids.shape[1] == window
-    assert probe["long"].input_ids.shape[1] > window
-    decoded = [int(one.positions[0, 0]) for name, one in probe.items() if "decode.2" in name]
-    assert min(decoded) < window <= max(decoded) + 1
-    assert not probe["padded"].real.all()
-    assert int(probe["far"].positions.max()) == 4095
-    chunks = [one.input_ids.shape[1] for name, one in probe.items() if name.startswith("chunk")]
-    assert len(chunks) == 3
-    assert sum(chunks) > window

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,25 +11,22 @@ from torch import Tensor
 from parity_tests.conftest import CheckpointMaker
 from parity_tests.harness.faulty import FAULTS, replace_forward
 from portkit.loading import LoadedModel, load
-from portkit.parity.compare import ParityResult, compare
+from portkit.parity.compare import compare
 from portkit.parity.judge import Verdict
-from portkit.parity.probe import Probe, default_probe
+from portkit.parity.probing import default_probe
 from portkit.parity.reference import load_reference
+from portkit.parity.result import Comparison
+from portkit.parity.sites import PortSide, SiteTable
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def quick(loaded: LoadedModel) -> Probe:
-    """Enough of the default probe to cross the window, token by token and in one chunk."""
-    passes = {one.name: one for one in default_probe(loaded.model)}
-    decoding = [name for name in passes if name.startswith("decode")][:5]
-    return tuple(passes[name] for name in ("prompt", *decoding, "chunk.1", "chunk.2"))
-
-
-def run(loaded: LoadedModel, attention: str = "sdpa") -> ParityResult:
+def run(loaded: LoadedModel, attention: str = "sdpa") -> Comparison:
     dtype = next(loaded.model.parameters()).dtype
     reference = load_reference(loaded.files.origin, dtype, attention)
-    return compare(loaded, reference, quick(loaded))
+    probe = default_probe(loaded.model)
+    table = SiteTable(loaded.architecture.sites)
+    return compare(PortSide(loaded.model, probe.longest), reference, table, probe)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
@@ -39,6 +38,7 @@ def test_our_families_are_exact_at_every_site(
     result = run(load(tiny_checkpoint(name, dtype), attention=kernel), kernel)
     assert result.verdict is Verdict.exact, result.culprits[:3]
     assert result.num_exact == len(result.judgements)
+    assert result.not_verified == ()
     asked = [one for one in result.judgements if one.function_error is not None]
     assert len(asked) > 50
     assert max(one.function_error or 0.0 for one in asked) <= 1e-13
@@ -106,3 +106,49 @@ def test_a_changed_parameter_is_found_before_anything_runs(
     first = run(loaded).culprits[0]
     assert first.site == "model.layers.2.mlp.up_proj.weight (parameter)"
     assert (first.kind, first.passes) == ("function", ("as loaded",))
+
+
+def test_a_key_that_was_wrong_in_an_earlier_pass_is_told_of_there(
+    tiny_checkpoint: CheckpointMaker,
+) -> None:
+    """Wrong in the prompt alone; the decode steps only inherit what the cache holds."""
+    loaded = load(tiny_checkpoint("gemma3 shallow", torch.bfloat16))
+    attention: Any = loaded.model.get_submodule("model.layers.2.self_attn")
+
+    def wrong_in_prompts(own: Any, h: Tensor, cos: Tensor, *rest: Any) -> Tensor:
+        given: Tensor = own(h, cos * 1.01 if h.shape[1] > 5 else cos, *rest)
+        return given
+
+    replace_forward(attention, wrong_in_prompts)
+    result = run(loaded)
+    keys = next(one for one in result.culprits if one.site.endswith("#key"))
+    assert set(keys.passes) == {"short", "long", "prompt", "chunk", "chunk.1", "padded", "far"}
+    # (What was planted takes cosine and sine by place alone: to the harness they are missing.)
+    assert {one.site for one in result.culprits if one.kind != "missing"} == {
+        "model.layers.2.self_attn#query",
+        "model.layers.2.self_attn#key",
+    }
+    carried = result.accounts["model.layers.2.self_attn#key"].carried
+    assert "decode.1" in carried
+
+
+def test_the_worst_values_are_told_with_their_places(tiny_checkpoint: CheckpointMaker) -> None:
+    loaded = load(tiny_checkpoint("gemma3 shallow"))
+    norm: Any = loaded.model.get_submodule("model.layers.1.self_attn.q_norm")
+
+    def nudged(own: Any, x: Tensor) -> Tensor:
+        given: Tensor = own(x).clone()
+        if given.shape[0] == 2 and given.shape[2] > 20:  # the padded prompt: row, head, token
+            given[1, 3, 7, 5] += 2.0
+            given[0, 0, 0, 0] += 9.0  # padding
+        return given
+
+    replace_forward(norm, nudged)
+    first = run(loaded).culprits[0]
+    assert (first.site, first.passes) == ("model.layers.1.self_attn.q_norm", ("padded",))
+    (record,) = run(loaded).accounts[first.site].unequal
+    assert record.num_unequal == 1
+    (worst,) = record.worst
+    assert (worst.row, worst.position, worst.place) == (1, 7, "head 3, channel 5")
+    assert worst.port - worst.reference == pytest.approx(2.0, abs=1e-6)
+    assert record.max_difference == pytest.approx(2.0, abs=1e-6)

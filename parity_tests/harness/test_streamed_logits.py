@@ -12,23 +12,24 @@ import torch
 from torch import Tensor
 
 from portkit.architecture import CausalLM
-from portkit.parity.logits import compare_logits, port_logits
+from portkit.parity.logits import compare_logits, run_all
 from portkit.parity.probe import Pass, Probe
+from portkit.parity.sites import PortSide
 
 VOCABULARY = 7
 
 
 def passes(count: int) -> Probe:
     ids = torch.zeros(2, 3, dtype=torch.int64)
-    return tuple(
-        Pass(f"pass {number}", ids, torch.arange(3).expand(2, -1)) for number in range(count)
-    )
+    positions = torch.arange(3).expand(2, -1)
+    return Probe("test", tuple(Pass(f"pass {n}", ids, positions) for n in range(count)))
 
 
-class Watchful:
+class Watchful(torch.nn.Module):
     """Stands for a model, and has nobody keep its last logits while it makes the next."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.made: list[weakref.ref[Tensor]] = []
 
     def new_cache(self, batch: int, length: int) -> Watchful:
@@ -37,19 +38,22 @@ class Watchful:
     def advance(self, num_tokens: int) -> None:
         pass
 
-    def __call__(self, input_ids: Tensor, *_: Any) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, *_: Any) -> Tensor:
+        return input_ids
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
         assert [one() for one in self.made if one() is not None] == []
-        logits = torch.ones(*input_ids.shape, VOCABULARY)
+        logits = torch.ones(*hidden_states.shape, VOCABULARY)
         self.made.append(weakref.ref(logits))
         return logits
 
-    def logits(self, probe: Probe) -> Iterator[Tensor]:
-        return port_logits(cast("CausalLM", self), probe)
+    def run(self, probe: Probe) -> Iterator[Tensor]:
+        return run_all(PortSide(cast("CausalLM", self), 99), probe)
 
 
 def test_one_pass_is_held_at_a_time() -> None:
     probe, port, reference = passes(4), Watchful(), Watchful()
-    results = compare_logits(probe, port.logits(probe), reference.logits(probe))
+    results = compare_logits(probe, port.run(probe), reference.run(probe))
     assert [(one.name, one.exact) for one in results] == [(f"pass {i}", True) for i in range(4)]
     assert len(port.made) == len(reference.made) == 4
 
@@ -60,10 +64,10 @@ def test_differences_are_counted_over_real_tokens_alone() -> None:
     theirs = torch.zeros(2, 3, VOCABULARY)
     ours = theirs.clone()
     ours[0, 0] = math.nan  # padding
-    (result,) = compare_logits((one,), [ours], [theirs])
+    (result,) = compare_logits(Probe("test", (one,)), [ours], [theirs])
     assert (result.exact, result.num_logits, result.num_unequal) == (True, 5 * VOCABULARY, 0)
     ours[0, 1, 2], ours[1, 0, 0] = 0.25, -0.5
-    (result,) = compare_logits((one,), [ours], [theirs])
+    (result,) = compare_logits(Probe("test", (one,)), [ours], [theirs])
     assert (result.exact, result.num_unequal, result.max_difference) == (False, 2, 0.5)
 
 

@@ -80,14 +80,16 @@ def _prove(folder: Path, dtype: str, kernel: str) -> list[PassResult]:
     import torch
 
     from portkit.loading import load
-    from portkit.parity.logits import compare_logits, port_logits
-    from portkit.parity.probe import default_probe
+    from portkit.parity.logits import compare_logits, run_all
+    from portkit.parity.probing import thorough_probe
     from portkit.parity.reference import load_reference
+    from portkit.parity.sites import PortSide
 
     model = load(folder, dtype=dtype, device="cpu", attention=kernel).model
-    probe = default_probe(model)
+    probe = thorough_probe(model)
     reference = load_reference(folder, getattr(torch, dtype), kernel)
-    return compare_logits(probe, port_logits(model, probe), reference.logits(probe))
+    port = PortSide(model, probe.longest)
+    return compare_logits(probe, run_all(port, probe), run_all(reference, probe))
 
 
 def _proof_table(proofs: dict[str, list[PassResult]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     )
     return "\n".join(lines)
+
+
+def coloured(word: str, colour: str) -> str:
+    """The word in bold colour where a person looks on and has not set NO_COLOR."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return word
+    return typer.style(word, fg=colour, bold=True)
 
 
 @contextmanager

@@ -1,20 +1,29 @@
-"""`portkit parity`: does the port compute what the reference computes, and where not?"""
+"""`portkit parity`: does the port compute what the reference computes, and where not?
+
+Knows options and streams; what they mean is in `portkit.parity`.
+"""
 
 from __future__ import annotations
 
+import json as json_
 import re
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import print_json, table
+from portkit.cli.output import coloured, plural, print_json, table
+from portkit.errors import ProbeError
 
 if TYPE_CHECKING:
-    from portkit.parity.compare import ParityResult
-    from portkit.parity.judge import Judgement
+    from collections.abc import Callable
+
+    from portkit.loading import LoadedModel
+    from portkit.parity.probe import Probe
+    from portkit.parity.result import ParityResult
 
 
 class Gate(StrEnum):
@@ -22,112 +31,182 @@ class Gate(StrEnum):
     rounding = "rounding"
 
 
+GateOption = Annotated[
+    Gate | None,
+    typer.Option(
+        "--gate",
+        help="exact: equal in every bit, the default on a CPU; rounding: or as careful as the "
+        "reference, the default elsewhere.",
+    ),
+]
+ReferenceAttention = Annotated[
+    options.Attention | None,
+    typer.Option(help="Which kernel the reference runs, where not the port's."),
+]
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Compare on this text.")
+]
+Tokens = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Compare on these token ids, in words or as a JSON list; or run the probe of an "
+        "earlier result (--json) again.",
+    ),
+]
+Quick = Annotated[bool, typer.Option("--quick", help="A few tokens: seconds, and less is seen.")]
+Thorough = Annotated[
+    bool, typer.Option("--thorough", help="More rows and lengths, the logits of every token.")
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="A-B", help="Hold only these layers against the truth, from 0."),
+]
+Threads = Annotated[
+    int, typer.Option("--threads", min=1, help="How many threads compute; bits depend on it.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the probe's token ids.")]
+
+
 def command(
     repo: options.Repo,
+    *,
     revision: options.Revision = None,
     dtype: options.DTypeOption = options.DType.auto,
+    device: options.DeviceOption = options.Device.cpu,
     attention: options.AttentionOption = options.Attention.sdpa,
-    gate: Annotated[
-        Gate, typer.Option("--gate", help="exact: equal in every bit; rounding: or as careful.")
-    ] = Gate.exact,
-    threads: Annotated[
-        int, typer.Option("--threads", min=1, help="How many threads compute; bits depend on it.")
-    ] = 1,
-    seed: Annotated[int, typer.Option("--seed", help="Of the probe's token ids.")] = 0,
+    reference_attention: ReferenceAttention = None,
+    gate: GateOption = None,
+    prompt: Prompt = None,
+    tokens: Tokens = None,
+    quick: Quick = False,
+    thorough: Thorough = False,
+    layers: Layers = None,
+    threads: Threads = 1,
+    seed: Seed = 0,
+    ignore_config: options.IgnoreConfig = None,
     json: options.Json = False,
 ) -> None:
     """Hold every activation of the port against the reference in Transformers."""
+    if sum((prompt is not None, tokens is not None, quick, thorough)) > 1:
+        raise typer.BadParameter("--prompt, --tokens, --quick and --thorough: choose one")
+    kept = None if layers is None else _range(layers)
+    choose = _choice(prompt, tokens, quick, thorough, seed)
+
     import torch
 
-    from portkit.loading import load
-    from portkit.parity.compare import compare
-    from portkit.parity.probe import default_probe
-    from portkit.parity.reference import load_reference
+    from portkit.loading import resolve_device
+    from portkit.parity.prove import Question, prove
 
+    where = resolve_device(device)
     torch.set_num_threads(threads)
-    loaded = load(repo, revision=revision, dtype=dtype, device="cpu", attention=attention)
-    # What was just read lies in one folder, a repository's in the Hub's cache.
-    folder = loaded.files.path("config.json").parent
-    reference = load_reference(folder, getattr(torch, loaded.report.dtype), attention)
-    looked_on = sys.stderr.isatty()
-
-    def tell(name: str) -> None:
-        if looked_on:
-            print(f"\r\x1b[K{name}", end="", file=sys.stderr, flush=True)
-
-    probe = default_probe(loaded.model, seed)
-    result = compare(loaded, reference, probe, tell=tell)
-    if looked_on:
-        print("\r\x1b[K", end="", file=sys.stderr)
+    question = Question(
+        repo,
+        revision=revision,
+        dtype=dtype,
+        device=str(where),
+        attention=attention,
+        reference_attention=reference_attention,
+        layers=kept,
+        ignore_config=tuple(ignore_config or ()),
+        choose_probe=choose,
+    )
+    result = prove(question, tell=_tell)
+    _tell("")
+    passing = gate or (Gate.exact if where.type == "cpu" else Gate.rounding)
     if json:
-        _print_json(result, gate, loaded.report.dtype, threads, seed)
+        _print_json(result, passing, where.type, threads)
     else:
-        print(
-            f"{result.verdict}: {repo} in {loaded.report.dtype}, {attention}, {threads} thread(s)"
-        )
-        print(
-            f"{result.num_exact} of {len(result.judgements)} sites exact over {len(probe)} passes\n"
-        )
-        print(table(_layer_rows(result)))
-        for one in result.not_verified:
-            print(f"not verified: {one.name} ({one.reason})")
-    if result.verdict != "exact" and not (gate == "rounding" and result.verdict == "rounding"):
+        how = f"{result.comparisons[0].dtype} on {where.type}, {attention}"
+        print(f"{_coloured(result.verdict)}: {repo} in {how}, {plural(threads, 'thread')}")
+        _print_report(result)
+    if result.verdict == "inconclusive":
+        raise typer.Exit(3)
+    if result.verdict != "exact" and not (result.verdict == "rounding" == passing):
         raise typer.Exit(1)
 
 
-def _layer_rows(result: ParityResult) -> list[tuple[str, ...]]:
-    """A row for each layer; under one that is not exact, its sites that are not."""
-    groups: dict[str, list[Judgement]] = {}
-    for one in result.judgements:
-        found = re.match(r"(model\.layers\.\d+)\b", one.site)
-        groups.setdefault(found[1] if found else one.site.partition(":")[0], []).append(one)
-    rows: list[tuple[str, ...]] = [("where", "sites", "verdict", "local error", "floor", "carried")]
-    for name, members in groups.items():
-        worst = max(members, key=lambda one: ("exact", "rounding", "diverged").index(one.verdict))
-        carried = any(result.accounts[one.site].carried for one in members)
-        rows.append(
-            (name, str(len(members)), str(worst.verdict), "", "", "differs" if carried else "equal")
+def _range(layers: str) -> range:
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", layers)
+    if found is None or int(found[2] or found[1]) < int(found[1]):
+        raise typer.BadParameter(f"--layers {layers}: give a range as 4-7, or one layer as 4")
+    return range(int(found[1]), int(found[2] or found[1]) + 1)
+
+
+def _choice(
+    prompt: str | None, tokens: Path | None, quick: bool, thorough: bool, seed: int
+) -> Callable[[LoadedModel], Probe]:
+    """How the probe is chosen once the model is known; a file is read at once."""
+    saved = None if tokens is None else _read_tokens(tokens)
+
+    def choose(loaded: LoadedModel) -> Probe:
+        from portkit.parity import probing
+        from portkit.parity.probe import from_json
+        from portkit.tokenizer import Tokenizer
+
+        if prompt is not None:
+            ids = Tokenizer.open(loaded.files).encode(prompt)
+            return probing.probe_of_tokens("prompt", ids)
+        if isinstance(saved, dict):
+            return from_json(saved)
+        if saved is not None:
+            return probing.probe_of_tokens("tokens", saved)
+        if quick:
+            return probing.quick_probe(loaded.model, seed)
+        if thorough:
+            return probing.thorough_probe(loaded.model, seed)
+        return probing.default_probe(loaded.model, seed)
+
+    return choose
+
+
+def _read_tokens(file: Path) -> list[int] | dict[str, object]:
+    """Token ids, or a saved probe: by itself or within the result of a comparison."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProbeError(f"{file} cannot be read: {error}") from error
+    try:
+        read = json_.loads(
+            text if text.lstrip()[:1] in ("[", "{") else f"[{','.join(text.split())}]"
         )
-        for one in members:
-            if one.verdict != "exact":
-                kind = f", {one.kind}" if one.kind else ""
-                error, floor = _figure(one.local_error), _figure(one.floor)
-                where = (
-                    f"  {one.site.removeprefix(name).lstrip('.')} in {', '.join(one.passes[:3])}"
-                )
-                rows.append((where, "", f"{one.verdict}{kind}", error, floor, ""))
-    return rows
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
-
-
-def _print_json(result: ParityResult, gate: Gate, dtype: str, threads: int, seed: int) -> None:
-    culprits = [
-        {
-            "site": one.site,
-            "pass": one.passes[0] if one.passes else None,
-            "passes": list(one.passes),
-            "kind": one.kind,
-            "local_error": one.local_error,
-            "floor": one.floor,
-            "function_error": one.function_error,
-            "cause": None,
-        }
-        for one in result.culprits
-    ]
-    print_json(
-        "parity",
-        verdict=result.verdict,
-        gate=gate,
-        dtype=dtype,
-        device="cpu",
-        threads=threads,
-        probe={"seed": seed, "passes": [one.name for one in result.probe]},
-        sites=len(result.judgements),
-        exact=result.num_exact,
-        culprits=culprits,
-        first=culprits[0] if culprits else None,
-        not_verified=[vars(one) for one in result.not_verified],
+    except (ValueError, RecursionError):
+        read = None
+    if isinstance(read, dict):
+        inner = read.get("probe", read)
+        if isinstance(inner, dict):
+            return inner
+    if isinstance(read, list) and all(type(one) is int and abs(one) < 1 << 62 for one in read):
+        return read
+    raise ProbeError(
+        f"{file} holds neither token ids (whole numbers, or a JSON list of them) nor a saved probe"
     )
+
+
+def _tell(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def _coloured(verdict: str) -> str:
+    colours = {"exact": "green", "rounding": "green", "inconclusive": "yellow", "diverged": "red"}
+    return coloured(verdict, colours[verdict])
+
+
+def _print_report(result: ParityResult) -> None:
+    from portkit.parity import summary
+
+    for line in summary.headline(result):
+        print(f"  {line}")
+    for number, comparison in enumerate(result.comparisons):
+        if number == 0 or comparison.verdict != "exact":
+            print(f"\n{table([summary.HEADINGS, *summary.layer_rows(comparison)])}")
+    for lines in (summary.details(result), summary.caveats(result)):
+        if lines:
+            print("\n" + "\n".join(lines))
+
+
+def _print_json(result: ParityResult, gate: Gate, device: str, threads: int) -> None:
+    from portkit.parity.schema import as_fields
+
+    print_json("parity", gate=gate, device=device, threads=threads, **as_fields(result))

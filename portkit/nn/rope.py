@@ -40,6 +40,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, rope: RopeParameters) -> None:
         super().__init__()
+        self.rope = rope
         self.inv_freq, self.scaling = inverse_frequencies(head_dim, rope)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

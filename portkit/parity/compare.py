@@ -1,138 +1,117 @@
-"""Parity: one probe, both sides, every site; who differs, where first, how much, and how far.
+"""Comparing: one probe, both sides, every site; who differs, where first, how much, and how far.
 
 For each pass the reference runs and is recorded; the port runs freely (carried errors) and taught
-(local errors); then both run block by block in float64, which gives the truth, the reference's
-floor, and whether the two compute the same function at all.
+(local errors). Recordings are held for a group of passes no larger than the largest pass, and then
+held against the truth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from portkit.architecture import CausalLM
-from portkit.loading import LoadedModel
-from portkit.nn.cache import Cache
-from portkit.parity.judge import Judgement, Verdict, judge, overall
-from portkit.parity.ledger import Ledger, PassRecord, SiteAccount, difference, rows
-from portkit.parity.local import (
-    Calls,
-    Taught64,
-    Trace,
-    block_modules,
-    calls_kept,
-    looked_at,
-    recorder,
-    taught,
+from portkit.parity.judge import judge
+from portkit.parity.ledger import (
+    LOGITS,
+    Ledger,
+    PassRecord,
+    difference,
+    rows,
+    squares_of,
+    token_dim,
 )
-from portkit.parity.precision import UnliftedCast
+from portkit.parity.local import Calls, Trace, calls_kept, looked_at, recorder, taught
 from portkit.parity.probe import Pass, Probe
-from portkit.parity.reference import Reference, additive
-from portkit.parity.sites import PortSide, SiteTable, watching
-
-LOGITS = "#logits"
-LOGITS_DIMS = "batch position vocabulary"
-HEAD = "lm_head"
+from portkit.parity.reference import Reference
+from portkit.parity.result import Comparison, NotVerified
+from portkit.parity.sites import QKV, PortSide, SiteTable, watching
+from portkit.parity.truth import Recording, Truth
 
 Tell = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class NotVerified:
-    """What this comparison did not see, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class ParityResult:
-    """Everything that one comparison found."""
-
-    verdict: Verdict
-    judgements: tuple[Judgement, ...]
-    """Every site, in order of execution."""
-    accounts: dict[str, SiteAccount]
-    not_verified: tuple[NotVerified, ...]
-    probe: Probe
-
-    @property
-    def culprits(self) -> tuple[Judgement, ...]:
-        """Sites that diverged where they are made, in order of execution."""
-        return tuple(one for one in self.judgements if one.verdict is Verdict.diverged)
-
-    @property
-    def num_exact(self) -> int:
-        return sum(one.verdict is Verdict.exact for one in self.judgements)
-
-
 def compare(
-    loaded: LoadedModel,
+    port: PortSide,
     reference: Reference,
+    table: SiteTable,
     probe: Probe,
     tell: Tell = lambda _: None,
-) -> ParityResult:
-    """Run `probe` on both sides and judge every site. `tell` is given a line for each pass."""
-    comparison = _Comparison(loaded.model, SiteTable(loaded.architecture.sites), reference, probe)
-    comparison.compare_parameters()
-    for one in probe:
-        tell(one.name)
-        comparison.run(one)
-    judgements = tuple(map(judge, comparison.ledger.sites.values()))
-    assert judgements, "nothing was compared"
-    return ParityResult(
-        overall(judgements),
-        judgements,
-        comparison.ledger.sites,
+) -> Comparison:
+    """Run `probe` on both sides and judge every site. `tell` is given a line for each step."""
+    comparing = _Comparing(port, reference, table, probe)
+    comparing.parameters()
+    for group in _groups(probe):
+        for one in group:
+            tell(one.name)
+            comparing.run(one)
+        tell(f"{group[-1].name} in float64")
+        comparing.judge()
+    dtype = str(next(port.model.parameters()).dtype).removeprefix("torch.")
+    return Comparison(
+        dtype,
+        probe,
+        tuple(map(judge, comparing.ledger.sites.values())),
+        comparing.ledger.sites,
         tuple(
             NotVerified(f"{name}: the same function", f"the port cannot run in float64: {reason}")
-            for name, reason in comparison.unasked.items()
+            for name, reason in comparing.truth.unasked.items()
         ),
-        probe,
     )
 
 
-@dataclass
-class _Local:
-    """What the taught port gave where it was not equal."""
+def _groups(probe: Probe) -> list[list[Pass]]:
+    """Passes in a row whose recordings together are no larger than the largest pass's.
 
-    unequal: Trace = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
+    A layer is upcast once for a group. What a pass records is about so much a token; of the past
+    it holds keys and values, about a sixteenth of that.
+    """
+
+    def size(one: Pass) -> float:
+        return len(one.input_ids) * (one.num_tokens + probe.past(one) / 16)
+
+    groups: list[list[Pass]] = []
+    room, most = 0.0, max(map(size, probe))
+    for one in probe:
+        if not groups or size(one) > room:
+            groups.append([])
+            room = most
+        groups[-1].append(one)
+        room -= size(one)
+    return groups
 
 
-class _Comparison:
+class _Comparing:
     def __init__(
-        self, model: CausalLM, table: SiteTable, reference: Reference, probe: Probe
+        self, port: PortSide, reference: Reference, table: SiteTable, probe: Probe
     ) -> None:
-        self.model, self.table, self.reference = model, table, reference
-        self.port = PortSide(model)
-        self.ledger = Ledger()
-        self.unasked: dict[str, str] = {}
-        """Blocks of the port that cannot be run in float64, and why."""
-        self._longest = sum(one.input_ids.shape[1] for one in probe)
+        self.port, self.reference, self.table = port, reference, table
+        composite = (n for n, m in port.module_sites().items() if any(True for _ in m.children()))
+        self.ledger = Ledger(table, composite)
+        self.truth = Truth(port, reference, table, self.ledger)
+        self._recordings: list[Recording] = []
+        self._compares_logits = table.dims("lm_head") is not None
         self._reference_caches: dict[str, Any] = {}
-        self._free_caches: dict[str, Cache] = {}
-        self._taught_caches: dict[str, Cache] = {}
-        self._composite = {
-            name
-            for name, module in self.port.module_sites().items()
-            if any(True for _ in module.children())
-        }
+        self._free_caches: dict[str, Any] = {}
+        self._taught_caches: dict[str, Any] = {}
+        self._wrong_past: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        """What pass and site held, ours and theirs, where it was wrong: later passes inherit it."""
+        self._continued = {one.continues for one in probe}
 
     @torch.no_grad()
-    def compare_parameters(self) -> None:
+    def parameters(self) -> None:
         """Both sides read the same file, each by its own map: what they hold is compared first."""
         theirs = {
             f"{name}.{own}": parameter
             for name, module in self.reference.module_sites().items()
             for own, parameter in module.named_parameters(recurse=False)
         }
-        for name, ours in self.model.named_parameters(remove_duplicate=False):
-            account = self.ledger.site(f"{name} (parameter)", "", is_glue=False)
+        for name, ours in self.port.model.named_parameters(remove_duplicate=False):
+            if self.table.dims(name.rpartition(".")[0]) is None:
+                continue
+            account = self.ledger.parameter(name)
             held = theirs.get(name)
             if held is None:
                 account.missing = True
@@ -140,160 +119,98 @@ class _Comparison:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
             elif not torch.equal(ours, held):
                 gap = (ours.double() - held.double()).abs()
-                record = PassRecord("as loaded", int((ours != held).sum()), float(gap.max()), [])
-                account.unequal.append(record)
+                num_unequal = int((ours != held).sum())
+                account.unequal.append(
+                    PassRecord("as loaded", num_unequal, held.numel(), float(gap.max()))
+                )
+
+    def judge(self) -> None:
+        """Hold what was recorded since the last time against the truth, and let go of it."""
+        self.truth.judge(self._recordings)
+        self._recordings.clear()
 
     @torch.no_grad()
     def run(self, one: Pass) -> None:
-        """One pass: record, run freely, run taught, and hold both against the truth."""
+        """One pass: record, run freely, run taught."""
         trace: Trace = {}
         with (
             watching(self.reference, self.table, recorder(trace)),
-            calls_kept(self.reference, self.table) as reference_calls,
+            calls_kept(self.reference, self.table) as calls,
         ):
-            trace[LOGITS] = self.reference.run(one, self._reference_caches)
-        self._run_freely(one, trace)
-        local = _Local()
-        port_calls = self._run_taught(one, trace, local)
+            logits = self.reference.run(one, self._reference_caches)
+        if self._compares_logits:
+            trace[LOGITS] = logits
+        del logits
+        recording = Recording(one, trace, calls, Calls())
+        self._run_freely(recording)
+        self._run_taught(recording)
         for name in trace:
-            account = self._account(name)
-            account.missing = account.missing or name not in local.seen
-        self._judge_in_float64(one, trace, local, reference_calls, port_calls)
+            account = self.ledger.site(name)
+            account.missing = account.missing or name not in recording.seen
+        trace.pop(LOGITS, None)  # it has no truth of its own; the head has
+        self._recordings.append(recording)
 
-    def _run_freely(self, one: Pass, trace: Trace) -> None:
+    def _run_freely(self, recording: Recording) -> None:
+        one, trace = recording.run, recording.trace
+
         def look(name: str, ours: Tensor, theirs: Tensor) -> None:
-            account = self._account(name)
+            account = self.ledger.site(name)
             if ours.shape[1:] != theirs.shape[1:]:
                 account.carried.append(one.name)
-            elif difference(one, account.dims, ours, theirs) is not None:
+            elif (found := difference(one, account.dims, ours, theirs)) is not None:
                 account.carried.append(one.name)
-                if ours.is_floating_point():
-                    gap = rows(ours, account.dims, one).double() - rows(theirs, account.dims, one)
-                    account.carried_error.add(gap)
+                if ours.is_floating_point() and found.max_difference < torch.inf:
+                    a, b = (rows(each, account.dims, one).double() for each in (ours, theirs))
+                    account.carried_error.add(squares_of(a - b), len(a))
 
         with watching(self.port, self.table, looked_at(trace, look)):
-            logits = self._step(one, self._free_caches)
-        look(LOGITS, logits, trace[LOGITS])
+            logits = self.port.run(one, self._free_caches)
+        if LOGITS in trace:
+            look(LOGITS, logits, trace[LOGITS])
 
-    def _run_taught(self, one: Pass, trace: Trace, local: _Local) -> Calls:
+    def _run_taught(self, recording: Recording) -> None:
+        one, trace = recording.run, recording.trace
+
         def compare_one(name: str, ours: Tensor, theirs: Tensor) -> None:
-            local.seen.add(name)
-            account = self._account(name)
+            recording.seen.add(name)
+            account = self.ledger.site(name)
             if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
                 account.misshapen = account.misshapen or (
                     f"{list(ours.shape)} {ours.dtype} against {list(theirs.shape)} {theirs.dtype}"
                 )
                 return
+            if any(name.endswith(f"#{role}") for role in QKV[1:]):
+                ours = self._without_inherited(one, name, ours, theirs)
             record = difference(one, account.dims, ours, theirs)
             if record is not None:
                 account.unequal.append(record)
-                local.unequal[name] = ours.clone()
+                recording.unequal[name] = ours.clone()
 
         with (
             calls_kept(self.port, self.table) as calls,
             watching(self.port, self.table, taught(trace, compare_one)),
         ):
-            logits = self._step(one, self._taught_caches)
-        compare_one(LOGITS, logits, trace[LOGITS])
-        return calls
+            logits = self.port.run(one, self._taught_caches)
+        if LOGITS in trace:
+            compare_one(LOGITS, logits, trace[LOGITS])
+        recording.port_calls = calls
 
-    def _step(self, one: Pass, caches: dict[str, Cache]) -> Tensor:
-        batch, num_tokens = one.input_ids.shape
-        cache = (
-            caches.pop(one.continues)
-            if one.continues
-            else self.model.new_cache(batch, self._longest)
-        )
-        logits: Tensor = self.model(one.input_ids, one.positions, cache, one.attention_mask)
-        cache.advance(num_tokens)
-        caches[one.name] = cache
-        return logits
+    def _without_inherited(self, one: Pass, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
+        """Keys or values, those taken as right that were wrong already in the pass before.
 
-    def _judge_in_float64(
-        self, one: Pass, trace: Trace, local: _Local, reference_calls: Calls, port_calls: Calls
-    ) -> None:
-        truth64 = Taught64(self.reference, self.table, trace, reference_calls)
-        port64 = Taught64(self.port, self.table, trace, port_calls)
-        self._add(one, trace, local, truth64.tables(), port64.tables())
-        for name in block_modules(self.reference, self.table):
-            if name == HEAD:
-                self._add_head(one, trace, local, truth64, port64)
-                continue
-            truth = truth64.block(name)
-            try:
-                port = port64.block(name)
-            except UnliftedCast as error:  # a question that cannot be asked: the floor decides
-                self.unasked[name] = str(error)
-                port = {}
-            self._add(one, trace, local, truth, port)
-            self._add_other_kernels(one, name, trace, truth, reference_calls)
-
-    def _add(self, one: Pass, trace: Trace, local: _Local, truth: Trace, port: Trace) -> None:
-        for name, exact in truth.items():
-            if name not in trace or not exact.is_floating_point() or name not in local.seen:
-                continue
-            account = self._account(name)
-            held = rows(exact, account.dims, one)
-            recorded = rows(trace[name], account.dims, one)
-            account.truth.add(held)
-            floor = recorded.double() - held
-            account.floors.setdefault(self.reference.attention, type(account.truth)()).add(floor)
-            ours = local.unequal.get(name)
-            account.port.add(
-                floor if ours is None else rows(ours, account.dims, one).double() - held
-            )
-            if name in port and port[name].shape == exact.shape:
-                account.function_asked = True
-                account.function.add(rows(port[name], account.dims, one) - held)
-
-    def _add_head(
-        self, one: Pass, trace: Trace, local: _Local, truth64: Taught64, port64: Taught64
-    ) -> None:
-        account = self._account(HEAD)
-        width = trace[HEAD].shape[-1]
-        ours = local.unequal.get(HEAD)
-        account.function_asked = True
-        pairs = zip(truth64.head_blocks(HEAD), port64.head_blocks(HEAD), strict=True)
-        for (channels, exact), (_, port) in pairs:
-            held = rows(exact, account.dims, one)
-            floor = rows(trace[HEAD][..., channels], account.dims, one).double() - held
-            account.truth.add(held, channels, width)
-            account.floors.setdefault(self.reference.attention, type(account.truth)()).add(
-                floor, channels, width
-            )
-            gap = floor
-            if ours is not None:
-                gap = rows(ours[..., channels], account.dims, one).double() - held
-            account.port.add(gap, channels, width)
-            account.function.add(rows(port, account.dims, one) - held, channels, width)
-
-    def _add_other_kernels(
-        self, one: Pass, block: str, trace: Trace, truth: Trace, calls: Calls
-    ) -> None:
-        """The floor is the largest distance among the reference's own kernels."""
-        name = f"{block}.self_attn"
-        if f"{name}#context" not in truth:
-            return
-        account = self._account(f"{name}#context")
-        module = self.reference.module_sites()[name]
-        query, key, value, mask = (
-            trace[f"{name}#{role}"] for role in ("query", "key", "value", "mask")
-        )
-        for kernel, run in self.reference.kernels().items():
-            if kernel == self.reference.attention:
-                continue
-            given = additive(mask, query.dtype) if kernel == "eager" else mask
-            context, _ = run(module, query, key, value, given, scaling=module.scaling, dropout=0.0)
-            gap = rows(context, account.dims, one).double() - rows(
-                truth[f"{name}#context"], account.dims, one
-            )
-            account.floors.setdefault(kernel, type(account.truth)()).add(gap)
-
-    def _account(self, name: str) -> SiteAccount:
-        if name in self.ledger.sites:
-            return self.ledger.sites[name]
-        dims = LOGITS_DIMS if name == LOGITS else self.table.dims(name)
-        assert dims is not None
-        functional = "#" in name and not name.endswith("#context") and "self_attn" in name
-        is_glue = ":in" in name or functional or name == LOGITS or name in self._composite
-        return self.ledger.site(name, dims, is_glue)
+        They are told of there. A cached key that was right and is wrong now is this pass's.
+        """
+        before = self._wrong_past.pop((one.continues or "", name), None)
+        if one.name in self._continued and not torch.equal(ours, theirs):
+            self._wrong_past[one.name, name] = ours.clone(), theirs
+        if before is None:
+            return ours
+        dim = token_dim(self.ledger.site(name).dims)
+        past = ours.shape[dim] - one.num_tokens
+        held_ours, held_theirs = ours.narrow(dim, 0, past), theirs.narrow(dim, 0, past)
+        inherited = torch.ones_like(held_ours, dtype=torch.bool)
+        for held, earlier in zip((held_ours, held_theirs), before, strict=True):
+            inherited &= held == earlier.narrow(dim, earlier.shape[dim] - past, past)
+        mended = ours.clone()
+        mended.narrow(dim, 0, past).copy_(held_theirs.where(inherited, held_ours))
+        return mended

@@ -7,7 +7,6 @@ sums stay within 1.02 times the floor and 1.62 times a channel's; a misplaced ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -25,8 +24,12 @@ MIN_POOLED = 64
 
 
 class Verdict(StrEnum):
+    """What is said of a site, and of a whole comparison; the later counts before the earlier."""
+
     exact = "exact"
     rounding = "rounding"
+    inconclusive = "inconclusive"
+    """Nothing wrong was found, but not all was seen that was to be seen."""
     diverged = "diverged"
 
 
@@ -55,14 +58,6 @@ def judge(site: SiteAccount) -> Judgement:
     verdict, kind = _verdict(site, function_error, local_error, floor, channel)
     passes = tuple(one.name for one in site.unequal)
     return Judgement(site.name, verdict, kind, local_error, floor, function_error, channel, passes)
-
-
-def overall(judgements: Iterable[Judgement]) -> Verdict:
-    """diverged before rounding before exact."""
-    found = {one.verdict for one in judgements}
-    if Verdict.diverged in found:
-        return Verdict.diverged
-    return Verdict.rounding if Verdict.rounding in found else Verdict.exact
 
 
 def relative(distance: Distance, truth: Distance) -> float | None:

@@ -6,14 +6,28 @@ large vocabulary add up. Knows no verdict: `judge` reads it.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from portkit.parity.probe import Pass
+from portkit.parity.sites import QKV, SiteTable
 
 NUM_WORST = 3
+LOGITS = "#logits"
+"""The site that every model has: what it returns."""
+_LOGITS_DIMS = "batch position vocabulary"
+_BLOCK = 1 << 24
+"""Values that are compared in float64 at a time."""
+
+
+def token_dim(dims: str) -> int:
+    """Which dimension counts tokens."""
+    return next(i for i, name in enumerate(dims.split()) if name in {"position", "query"})
 
 
 def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
@@ -21,12 +35,12 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
 
     Keys and values reach back over the cache: their tokens are the last of past and new.
     """
-    names = dims.split()
-    where = next(i for i, name in enumerate(names) if name in {"position", "query"})
-    moved = tensor.movedim(where, 1)
-    real = one.real_of_last(moved.shape[1])
-    moved = moved.expand(len(real), *moved.shape[1:])  # masks and tables may be for all rows one
-    return moved.flatten(2)[real] if moved.dim() > 2 else moved[real][:, None]
+    moved = tensor.movedim(token_dim(dims), 1)
+    batch = len(one.input_ids)
+    moved = moved.expand(batch, *moved.shape[1:])  # masks and tables may be for all rows one
+    if one.attention_mask is None:
+        return moved.reshape(moved.shape[0] * moved.shape[1], -1)
+    return moved.flatten(2)[one.real_of_last(moved.shape[1])]
 
 
 @dataclass
@@ -37,30 +51,52 @@ class Distance:
     num_rows: int = 0
 
     def add(
-        self, difference: Tensor, channels: slice | None = None, width: int | None = None
+        self,
+        squares: Tensor,
+        num_rows: int,
+        channels: slice = slice(None),
+        width: int | None = None,
     ) -> None:
-        """Add (tokens, channels) float64; `channels` of `width` where a block of them is given."""
-        squares = difference.double().pow(2).sum(0)
+        """Add `squares_of` so many rows; of `channels` of `width` where they are a block."""
         if self.per_channel is None:
             self.per_channel = squares.new_zeros(width or len(squares))
-        self.per_channel[channels or slice(None)] += squares
-        if channels is None or channels.start == 0:
-            self.num_rows += len(difference)
+        self.per_channel[channels] += squares
+        if not channels.start:
+            self.num_rows += num_rows
 
     @property
     def total(self) -> float:
         return 0.0 if self.per_channel is None else float(self.per_channel.sum())
 
 
-@dataclass
+def squares_of(difference: Tensor) -> Tensor:
+    """(rows, channels) to the sum over the rows of their squares, (channels,)."""
+    return (difference * difference).sum(0)
+
+
+@dataclass(frozen=True)
+class Worst:
+    """One value that differs: where, and what either side has there."""
+
+    row: int
+    position: int
+    """Counted from the first token that the site holds in this pass."""
+    place: str
+    """Where in the token: `channel 17`, `head 1, channel 3`."""
+    port: float
+    reference: float
+
+
+@dataclass(frozen=True)
 class PassRecord:
     """How one site differed in one pass, in the dtype under test, each given the same input."""
 
     name: str
     num_unequal: int
+    num_values: int
     max_difference: float
-    worst: list[tuple[int, int, int, float, float]]
-    """(row, position, channel, port, reference), the largest differences first."""
+    worst: tuple[Worst, ...] = ()
+    """The largest differences first."""
 
 
 @dataclass
@@ -82,7 +118,7 @@ class SiteAccount:
     """Port to reference, both in float64."""
     port: Distance = field(default_factory=Distance)
     """Port in the dtype under test to the truth."""
-    floors: dict[str, Distance] = field(default_factory=dict)
+    floors: defaultdict[str, Distance] = field(default_factory=lambda: defaultdict(Distance))
     """Reference to the truth, by attention kernel."""
     function_asked: bool = False
 
@@ -92,41 +128,76 @@ class SiteAccount:
 
 
 class Ledger:
-    """Accounts in order of execution."""
+    """Accounts in order of execution.
 
-    def __init__(self) -> None:
+    `composite` names the modules that are made of others: their outputs are the work of glue.
+    """
+
+    def __init__(self, table: SiteTable, composite: Iterable[str]) -> None:
         self.sites: dict[str, SiteAccount] = {}
+        self._table, self._composite = table, frozenset(composite)
 
-    def site(self, name: str, dims: str, is_glue: bool) -> SiteAccount:
+    def parameter(self, name: str) -> SiteAccount:
+        """The account of a parameter as it was loaded."""
+        name = f"{name} (parameter)"
+        return self.sites.setdefault(name, SiteAccount(name, "", is_glue=False))
+
+    def site(self, name: str) -> SiteAccount:
+        """The account of a declared site."""
         if name not in self.sites:
+            dims = _LOGITS_DIMS if name == LOGITS else self._table.dims(name)
+            assert dims is not None, f"{name} is not declared"
+            given_to_attention = any(name.endswith(f"#{role}") for role in (*QKV, "mask"))
+            is_glue = (
+                ":in" in name or given_to_attention or name == LOGITS or name in self._composite
+            )
             self.sites[name] = SiteAccount(name, dims, is_glue)
         return self.sites[name]
 
 
 def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRecord | None:
     """None where equal at every real token; NaN equals NaN in the same place."""
+    if torch.equal(port, reference):
+        return None
     ours, theirs = rows(port, dims, one), rows(reference, dims, one)
     if torch.equal(ours, theirs):
         return None
-    unequal = (
-        (ours != theirs) & ~(ours.isnan() & theirs.isnan())
-        if ours.is_floating_point()
-        else (ours != theirs)
-    )
-    if not bool(unequal.any()):
+    num_unequal, found = 0, []
+    step = max(1, _BLOCK // ours.shape[1])
+    for start, end in pairwise([*range(0, len(ours), step), len(ours)]):
+        a, b = ours[start:end], theirs[start:end]
+        unequal = a != b
+        if a.is_floating_point():
+            unequal &= ~(a.isnan() & b.isnan())
+        num_unequal += int(unequal.sum())
+        gaps = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf).where(unequal, 0.0)
+        values, places = gaps.flatten().topk(min(NUM_WORST, gaps.numel()))
+        found += [
+            (gap, start * ours.shape[1] + place)
+            for gap, place in zip(values.tolist(), places.tolist(), strict=True)
+            if gap > 0
+        ]
+    if not num_unequal:
         return None
-    gaps = (ours.double() - theirs.double()).abs().nan_to_num(nan=float("inf")) * unequal
-    values, places = gaps.flatten().topk(min(NUM_WORST, gaps.numel()))
-    num_tokens = port.shape[
-        next(i for i, n in enumerate(dims.split()) if n in {"position", "query"})
-    ]
-    tokens = one.real_of_last(num_tokens).nonzero()
-    worst = []
-    for value, place in zip(values.tolist(), places.tolist(), strict=True):
-        if value > 0:
-            token, channel = divmod(place, gaps.shape[1])
-            row, slot = tokens[token % len(tokens)].tolist()
-            worst.append(
-                (row, slot, channel, float(ours[token, channel]), float(theirs[token, channel]))
-            )
-    return PassRecord(one.name, int(unequal.sum()), float(values[0]), worst)
+    found.sort(key=lambda one: -one[0])
+    worst = tuple(_worst(one, dims, port, reference, place) for _, place in found[:NUM_WORST])
+    return PassRecord(one.name, num_unequal, ours.numel(), found[0][0], worst)
+
+
+def _worst(one: Pass, dims: str, port: Tensor, reference: Tensor, place: int) -> Worst:
+    """The value at a place among the values of the real tokens."""
+    where = token_dim(dims)
+    moved = port.movedim(where, 1)
+    inner, names = moved.shape[2:], [n for i, n in enumerate(dims.split()) if i not in (0, where)]
+    token, rest = divmod(place, max(1, inner.numel()))
+    row, position = one.real_of_last(moved.shape[1]).nonzero()[token].tolist()
+    index: list[int] = []
+    for size in reversed(inner):
+        rest, last = divmod(rest, size)
+        index.insert(0, last)
+    at = (row if len(moved) > 1 else 0, position, *index)
+    said = ", ".join(
+        f"{n} {i}" for n, i in zip(names, index, strict=True) if n != "one" or len(names) == 1
+    )
+    theirs = reference.movedim(where, 1)
+    return Worst(row, position, said, float(moved[at]), float(theirs[at]))

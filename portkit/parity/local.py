@@ -2,14 +2,13 @@
 
 Everything is taught by the recording of one pass. `taught` compares each tensor of the running port
 with it and then puts the recorded one in its place, so that an error shows where it is made and
-nowhere else. `Blocks` runs embedding, layers, norm and head once more, one at a time and in
-float64, on both sides: the reference's result is the truth, the port's tells whether it computes
-the same function.
+nowhere else. How the blocks of a model were called is kept, so that `truth` can call them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,26 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from portkit.parity.precision import in_float64
-from portkit.parity.sites import QKV, Side, SiteTable, Visit, watching
+from portkit.parity.sites import Side, SiteTable, Visit
 
 Trace = dict[str, Tensor]
-HEAD_ROWS = 32_768
-"""Rows of a large head that are held in float64 at a time."""
 
 
 def recorder(trace: Trace) -> Visit:
     """A visitor that keeps a clone of everything: in-place operations may follow."""
-    shared: dict[int, tuple[Tensor, int, Tensor]] = {}
+    known: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+
+    def cloned(tensor: Tensor) -> Tensor:
+        # One tensor is often several sites, as a norm's output is three inputs.
+        base = tensor._base
+        if base is not None and (whole := cloned(base)).stride() == base.stride():
+            offset = tensor.storage_offset() - base.storage_offset()
+            return whole.as_strided(tensor.shape, tensor.stride(), offset)
+        found = known.get(id(tensor))
+        if found is None or found[0]() is not tensor or found[1] != tensor._version:
+            found = known[id(tensor)] = weakref.ref(tensor), tensor._version, tensor.clone()
+        return found[2]
 
     def visit(name: str, tensor: Tensor) -> Tensor:
-        known = shared.get(id(tensor))
-        # One tensor is often several sites in a row, as a norm's output is three inputs.
-        if known is None or known[0] is not tensor or known[1] != tensor._version:
-            if len(shared) > 4:
-                shared.clear()
-            known = shared[id(tensor)] = tensor, tensor._version, tensor.clone()
-        trace[name] = known[2]
+        trace[name] = cloned(tensor)
         return tensor
 
     return visit
@@ -109,7 +110,7 @@ def calls_kept(side: Side, table: SiteTable) -> Iterator[Calls]:
 
             handle = module.register_forward_pre_hook(keep, with_kwargs=True)
             stack.callback(handle.remove)
-        for module in (m for m in side.module_sites().values() if hasattr(m, "inv_freq")):
+        for module in side.table_modules().values():
 
             def keep_table(
                 module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -119,120 +120,3 @@ def calls_kept(side: Side, table: SiteTable) -> Iterator[Calls]:
             handle = module.register_forward_pre_hook(keep_table, with_kwargs=True)
             stack.callback(handle.remove)
         yield calls
-
-
-class Taught64:
-    """One side's blocks in float64, each fed with what was recorded in the dtype under test."""
-
-    def __init__(self, side: Side, table: SiteTable, trace: Trace, calls: Calls) -> None:
-        self.side, self.table, self.trace, self.calls = side, table, trace, calls
-        self.modules = block_modules(side, table)
-
-    def tables(self) -> Trace:
-        """The rotary tables in float64, from the frequencies as held."""
-        found: Trace = {}
-        with self.side.watch_tables(recorder(found)):
-            for module, call in self.calls.tables:
-                with in_float64(module):
-                    module(
-                        *map(_upcast, call.args), **{k: _upcast(v) for k, v in call.kwargs.items()}
-                    )
-        return found
-
-    def block(self, name: str) -> Trace:
-        """What every site within a block makes of the recorded inputs, in float64."""
-        module, call = self.modules[name], self.calls.blocks[name]
-        if isinstance(module, nn.Embedding):
-            return {name: _embed(module, call.args[0])}
-        found: Trace = {}
-
-        def visit(site: str, tensor: Tensor) -> Tensor:
-            found[site] = tensor
-            recorded = self.trace.get(site)
-            return tensor if recorded is None else _upcast(recorded)
-
-        past = _TaughtCache(name, self.trace)
-        with watching(_Within(self.side, name), self.table, visit), in_float64(module):
-            module(
-                *(_upcast(past if hasattr(one, "update") else one) for one in call.args),
-                **{
-                    key: _upcast(past if key == "past_key_values" and one is not None else one)
-                    for key, one in call.kwargs.items()
-                },
-            )
-        return found
-
-    def head_blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """The head in float64, `HEAD_ROWS` of the vocabulary at a time."""
-        module = self.modules[name]
-        assert isinstance(module, nn.Linear)
-        hidden = self.trace[f"{name}:in"].double()
-        held = module.weight.data
-        for start in range(0, len(held), HEAD_ROWS):
-            rows = slice(start, min(start + HEAD_ROWS, len(held)))
-            try:
-                module.weight.data = held[rows].double()
-                with torch.no_grad():
-                    yield rows, module(hidden)
-            finally:
-                module.weight.data = held
-
-
-class _Within:
-    """A side of which only the modules of one block are watched."""
-
-    def __init__(self, side: Side, block: str) -> None:
-        self._side, self._block = side, block
-        self.watch_attention = side.watch_attention
-
-    def module_sites(self) -> Mapping[str, nn.Module]:
-        return {
-            name: module
-            for name, module in self._side.module_sites().items()
-            if name == self._block or name.startswith(f"{self._block}.")
-        }
-
-    @contextmanager
-    def watch_tables(self, _: Visit) -> Iterator[None]:
-        yield
-
-
-class _TaughtCache:
-    """Stands in for either side's cache: gives back the recorded past, followed by what is new."""
-
-    def __init__(self, block: str, trace: Trace) -> None:
-        # Upcast before casts are watched: it is not the model that does it.
-        self._key, self._value = (
-            None if (held := trace.get(f"{block}.self_attn#{role}")) is None else held.double()
-            for role in QKV[1:]
-        )
-
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        assert self._key is not None, "a layer with a cache has keys"
-        assert self._value is not None, "a layer with a cache has values"
-        past = self._key.shape[2] - key.shape[2]
-        return (
-            torch.cat((self._key[:, :, :past], key), 2),
-            torch.cat((self._value[:, :, :past], value), 2),
-        )
-
-
-def _embed(module: nn.Embedding, input_ids: Tensor) -> Tensor:
-    """An embedding in float64 of the rows that are used: the whole would be gigabytes."""
-    used, places = torch.unique(input_ids, return_inverse=True)
-    held, padding_idx = module.weight.data, module.padding_idx
-    try:
-        module.weight.data, module.padding_idx = held[used], None
-        with in_float64(module):
-            embedded: Tensor = module(places)
-            return embedded
-    finally:
-        module.weight.data, module.padding_idx = held, padding_idx
-
-
-def _upcast(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.double()
-    if isinstance(value, tuple):
-        return tuple(map(_upcast, value))
-    return value

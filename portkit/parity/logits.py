@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from portkit.architecture import CausalLM
-from portkit.nn.cache import Cache
 from portkit.parity.probe import Pass, Probe
+from portkit.parity.sites import Side
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,15 @@ class PassResult:
     """Largest absolute difference; NaN where one side has NaN and the other has not."""
 
 
-def port_logits(model: CausalLM, probe: Probe) -> Iterator[Tensor]:
+def run_all(side: Side, probe: Probe) -> Iterator[Tensor]:
     """Logits (batch, tokens, vocab_size) of each pass in turn, run when it is asked for.
 
     A pass may be continued once: its cache goes on.
     """
-    caches: dict[str, Cache] = {}
-    longest = sum(one.input_ids.shape[1] for one in probe)
+    caches: dict[str, Any] = {}
     for one in probe:
-        batch, num_tokens = one.input_ids.shape
-        cache = caches.pop(one.continues) if one.continues else model.new_cache(batch, longest)
         # Without a name for the logits: kept here, they would outlive their comparison.
-        yield _run(model, one, cache)
-        cache.advance(num_tokens)
-        caches[one.name] = cache
-
-
-@torch.no_grad()
-def _run(model: CausalLM, one: Pass, cache: Cache) -> Tensor:
-    logits: Tensor = model(one.input_ids, one.positions, cache, one.attention_mask)
-    return logits
+        yield side.run(one, caches)
 
 
 def compare_logits(
@@ -54,7 +43,7 @@ def compare_logits(
 
     Of an iterator's logits one pass is held at a time: of a large vocabulary they are gigabytes.
     """
-    results = list(map(_compare, probe, port, reference))
+    results = list(map(_compare, probe, port, reference))  # zip would keep the last ones alive
     assert len(results) == len(probe), "both sides give the logits of every pass"
     return results
 
@@ -62,7 +51,9 @@ def compare_logits(
 def _compare(one: Pass, port: Tensor, reference: Tensor) -> PassResult:
     assert port.shape == reference.shape, f"{one.name}: {port.shape} against {reference.shape}"
     num_logits, num_unequal, differences = 0, 0, [0.0]
-    for row, real in enumerate(one.real):  # one at a time: picking the real tokens copies them
+    for row, real in enumerate(
+        one.real_logits
+    ):  # one at a time: picking the real tokens copies them
         ours, theirs = port[row, real], reference[row, real]
         num_logits += ours.numel()
         if not torch.equal(ours, theirs):

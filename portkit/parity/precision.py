@@ -7,8 +7,10 @@ works under `no_grad`; under `inference_mode` nothing would be intercepted, sile
 
 from __future__ import annotations
 
+import ctypes
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -53,20 +55,69 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def in_float64(module: nn.Module) -> Iterator[None]:
-    """Hold a module's parameters and buffers in float64, then as before. Casts are lifted.
-
-    Parameters keep the values that they were rounded to: it is the arithmetic that is exact.
-    """
+def casts_lifted() -> Iterator[None]:
+    """Have what runs within compute in float64 whatever it is given in float64."""
     assert not torch.is_inference_mode_enabled(), "inference_mode hides casts from interception"
-    held = [*module.parameters(), *module.buffers()]
-    before = [one.data for one in held]
+    with torch.no_grad(), LiftedCasts():  # type: ignore[no-untyped-call]
+        yield
+
+
+@contextmanager
+def held_in_float64(*modules: nn.Module) -> Iterator[None]:
+    """Hold the modules' parameters and buffers in float64, then as before.
+
+    They keep the values that they were rounded to: it is the arithmetic that is to be exact. Of
+    two modules' tensors that have one name and equal values one float64 copy is made.
+    """
+    held = [
+        (name, one)
+        for module in modules
+        for name, one in (*module.named_parameters(), *module.named_buffers())
+        if one.dtype in LOW
+    ]
+    before = [one.data for _, one in held]
+    wide: defaultdict[str, _Upcasts] = defaultdict(_Upcasts)
     try:
-        for one in held:
-            if one.dtype in LOW:
-                one.data = one.data.double()
-        with torch.no_grad(), LiftedCasts():  # type: ignore[no-untyped-call]
-            yield
+        for (name, one), narrow in zip(held, before, strict=True):
+            one.data = wide[name].of(narrow)
+        yield
     finally:
-        for one, data in zip(held, before, strict=True):
-            one.data = data
+        for (_, one), narrow in zip(held, before, strict=True):
+            one.data = narrow
+
+
+@contextmanager
+def rows_in_float64(rows: slice | Tensor, *weights: Tensor) -> Iterator[None]:
+    """Hold some rows of large matrices in float64 in place of the whole, then as before."""
+    before, wide = [one.data for one in weights], _Upcasts()
+    try:
+        for one, whole in zip(weights, before, strict=True):
+            one.data = wide.of(whole[rows])
+        yield
+    finally:
+        for one, whole in zip(weights, before, strict=True):
+            one.data = whole
+
+
+class _Upcasts:
+    """Float64 copies, one for all tensors of equal values."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[Tensor, Tensor]] = []
+
+    def of(self, narrow: Tensor) -> Tensor:
+        for known, wide in self._made:
+            if known is narrow or (known.dtype == narrow.dtype and torch.equal(known, narrow)):
+                return wide
+        self._made.append((narrow, narrow.double()))
+        return self._made[-1][1]
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what was freed, where the C library keeps it (glibc).
+
+    Float64 activations come and go in sizes that leave holes: without this a comparison keeps
+    twice the memory that it uses.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,19 +1,22 @@
 """Probes: what is run on both sides, and how it is fed.
 
 A probe is a list of passes. A pass is one call of a model: token ids, their positions, which of
-them are padding, and the earlier pass whose cache it goes on from. The default probe is chosen from
-the model, so that what its config turns on is exercised.
+them are padding, and the earlier pass whose cache it goes on from. A probe can be written down and
+read back, so that what was run once can be run again. Which passes are worth running `probing`
+knows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from portkit.architecture import CausalLM
-from portkit.nn.cache import SlidingCache
+from portkit.errors import ProbeError
 
 
 @dataclass(frozen=True)
@@ -28,80 +31,180 @@ class Pass:
     attention_mask: Tensor | None = None
     """(batch, past + tokens), or None where every token is real."""
     continues: str | None = None
+    num_logits: int | None = None
+    """Of how many last tokens the head is read; None: of all."""
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens in a row."""
+        return self.input_ids.shape[1]
 
     @property
     def real(self) -> Tensor:
         """(batch, tokens), True where the new token is real: only there are results defined."""
-        return self.real_of_last(self.input_ids.shape[1])
+        return self.real_of_last(self.num_tokens)
+
+    @property
+    def real_logits(self) -> Tensor:
+        """(batch, tokens whose logits are read), True where the token is real."""
+        return self.real_of_last(self.num_logits or self.num_tokens)
 
     def real_of_last(self, num_tokens: int) -> Tensor:
         """(batch, num_tokens), the same for the last tokens of past and new together."""
         if self.attention_mask is None:
-            return torch.ones(len(self.input_ids), num_tokens, dtype=torch.bool)
+            shape = len(self.input_ids), num_tokens
+            return torch.ones(shape, dtype=torch.bool, device=self.input_ids.device)
         return self.attention_mask[:, -num_tokens:].bool()
 
+    def to(self, device: torch.device) -> Pass:
+        """The same pass, its tensors on `device`."""
+        mask = self.attention_mask
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            positions=self.positions.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+        )
 
-Probe = tuple[Pass, ...]
+
+@dataclass(frozen=True)
+class Probe:
+    """Passes in the order in which they run; one that continues another comes after it."""
+
+    name: str
+    """default, quick, thorough, or where its tokens came from."""
+    passes: tuple[Pass, ...]
+    is_complete: bool = False
+    """Meant to exercise all that a model turns on: what it leaves out makes it inconclusive."""
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def past(self, one: Pass) -> int:
+        """How many tokens stand before a pass, in the cache that it continues."""
+        past, named = 0, {each.name: each for each in self.passes}
+        while one.continues is not None:
+            one = named[one.continues]
+            past += one.num_tokens
+        return past
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest chain of passes that continue each other."""
+        return max(self.past(one) + one.num_tokens for one in self)
 
 
-def default_probe(model: CausalLM, seed: int = 0) -> Probe:
-    """Prompts around the window, decoding across it, chunks, padding, far positions.
+def as_json(probe: Probe) -> dict[str, Any]:
+    """A probe in plain lists, from which `from_json` makes it again."""
+    return {
+        "name": probe.name,
+        "is_complete": probe.is_complete,
+        "passes": [
+            {
+                "name": one.name,
+                "continues": one.continues,
+                "input_ids": one.input_ids.tolist(),
+                "positions": one.positions.tolist(),
+                "attention_mask": None
+                if one.attention_mask is None
+                else one.attention_mask.int().tolist(),
+                "num_logits": one.num_logits,
+            }
+            for one in probe
+        ],
+    }
 
-    Token ids are drawn from `seed`. A model without windows is probed as if it had one of 16.
+
+def from_json(saved: Mapping[str, Any]) -> Probe:
+    """Read a probe that `as_json` wrote, or another program. Raises `ProbeError`."""
+    try:
+        passes = tuple(map(_pass_from_json, saved["passes"]))
+        probe = Probe(str(saved["name"]), passes, bool(saved.get("is_complete", False)))
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ProbeError(f"this is no probe that portkit wrote ({reason})") from error
+    _check(probe)
+    return probe
+
+
+def _pass_from_json(saved: Mapping[str, Any]) -> Pass:
+    def ints(name: str) -> Tensor:
+        given = torch.tensor(saved[name])
+        if given.is_floating_point() or given.dim() != 2:
+            raise ValueError(f"{name} is a list of rows of whole numbers")
+        return given.long()
+
+    mask = None if saved.get("attention_mask") is None else ints("attention_mask")
+    continues, num_logits = saved.get("continues"), saved.get("num_logits")
+    return Pass(
+        str(saved["name"]), ints("input_ids"), ints("positions"), mask, continues, num_logits
+    )
+
+
+def _check(probe: Probe) -> None:
+    if not probe.passes:
+        raise ProbeError("a probe has at least one pass")
+    held: dict[str | None, tuple[int, int]] = {}
+    """Rows and tokens behind each pass that may still be continued."""
+    names: set[str] = set()
+    for one in probe:
+        batch, num_tokens = one.input_ids.shape
+        if one.name in names:
+            raise ProbeError(f"two passes of the probe are called {one.name!r}")
+        if one.continues is not None and one.continues not in held:
+            raise ProbeError(
+                f"pass {one.name!r} of the probe continues {one.continues!r}, which does not stand "
+                "before it, or was continued already"
+            )
+        rows, past = held.pop(one.continues) if one.continues else (batch, 0)
+        masks = [] if one.attention_mask is None else [tuple(one.attention_mask.shape)]
+        if (
+            num_tokens == 0
+            or rows != batch
+            or one.positions.shape != one.input_ids.shape
+            or masks not in ([], [(batch, past + num_tokens)])
+            or not 0 < (one.num_logits or num_tokens) <= num_tokens
+        ):
+            raise ProbeError(
+                f"pass {one.name!r} of the probe: input_ids, positions, attention_mask and "
+                f"num_logits do not fit {rows} rows and {past} tokens before"
+            )
+        names.add(one.name)
+        held[one.name] = batch, past + num_tokens
+
+
+def check_fits(probe: Probe, vocab_size: int, max_position_embeddings: int) -> None:
+    """Raise `ProbeError` where a model has no such token, or was made for fewer positions."""
+    for one in probe:
+        for values, bound, what in (
+            (one.input_ids, vocab_size, "token {} is outside a vocabulary of {}"),
+            (one.positions, max_position_embeddings, "position {} is outside a context of {}"),
+        ):
+            beyond = values[(values < 0) | (values >= bound)]
+            if len(beyond):
+                said = what.format(int(beyond[0]), bound)
+                raise ProbeError(f"pass {one.name!r} of the probe: {said}; choose other tokens")
+
+
+def chain(
+    name: str,
+    input_ids: Tensor,
+    cuts: Sequence[int],
+    num_logits: int | None = None,
+    steps: str | None = None,
+) -> list[Pass]:
+    """Rows (batch, tokens) fed in pieces that end at `cuts`, each going on from the one before.
+
+    The first is called `name`, the others `steps.1`, `steps.2`, …
     """
-    config = model.config
-    windows = [c.window for c in model.new_cache(1, 1).layers if isinstance(c, SlidingCache)]
-    window = min(windows, default=16)
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(batch: int, count: int) -> Tensor:
-        return torch.randint(config.vocab_size, (batch, count), generator=generator)
-
-    def plain(name: str, batch: int, past: int, count: int, continues: str | None = None) -> Pass:
-        positions = torch.arange(past, past + count).expand(batch, -1)
-        return Pass(name, tokens(batch, count), positions, None, continues)
-
-    short, long = max(2, window // 2), window + window // 2 + 3
-    # Three tokens short of the window, so that decoding crosses it in the middle.
-    passes = [
-        plain("short", 2, 0, short),
-        plain("window", 1, 0, window),
-        plain("long", 2, 0, long),
-        plain("prompt", 2, 0, max(1, window - 3)),
-    ]
-    for _ in range(8):
-        last = passes[-1]
-        past = int(last.positions[0, -1]) + 1
-        passes.append(plain(f"decode.{past}", 2, past, 1, last.name))
-    passes += [
-        plain("chunk.1", 1, 0, short),
-        plain("chunk.2", 1, short, window, "chunk.1"),
-        plain("chunk.3", 1, short + window, 5, "chunk.2"),
-    ]
-    passes += _padded(tokens(3, long + 2), long)
-    passes.append(_far(tokens(1, long), config.max_position_embeddings))
-    return tuple(passes)
-
-
-def _padded(input_ids: Tensor, prompt: int) -> list[Pass]:
-    """A left-padded batch: rows a third short, one token short, and full; then two decode steps."""
-    mask = torch.ones_like(input_ids)
-    mask[0, : prompt // 3], mask[1, :1] = 0, 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cuts = [(0, prompt), (prompt, prompt + 1), (prompt + 1, prompt + 2)]
-    names = ["padded", "padded.decode.1", "padded.decode.2"]
-    return [
-        Pass(name, input_ids[:, a:b], positions[:, a:b], mask[:, :b], before)
-        for name, before, (a, b) in zip(names, [None, *names], cuts, strict=False)
-    ]
-
-
-def _far(input_ids: Tensor, max_position_embeddings: int) -> Pass:
-    """Positions that jump: strides, then the very end of what the model was made for."""
-    count = input_ids.shape[1]
-    stride = max(1, max_position_embeddings // (4 * count))
-    positions = torch.arange(count) * stride
-    tail = min(3, count)
-    positions[-tail:] = max_position_embeddings - torch.arange(tail, 0, -1)
-    # With the mask given, the reference cannot take the jumps for several packed sequences.
-    return Pass("far", input_ids, positions[None], torch.ones_like(input_ids))
+    passes: list[Pass] = []
+    for number, (start, end) in enumerate(pairwise([0, *cuts])):
+        this = name if number == 0 else f"{steps or name}.{number}"
+        positions = torch.arange(start, end).expand(len(input_ids), -1)
+        before = passes[-1].name if passes else None
+        kept = None if num_logits is None else min(num_logits, end - start)
+        passes.append(Pass(this, input_ids[:, start:end], positions, None, before, kept))
+    return passes

@@ -7,18 +7,22 @@ checked, because the reference itself goes on with random values where a tensor 
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import get_annotations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from portkit.errors import ReferenceUnavailable
-from portkit.parity.probe import Pass, Probe
+from portkit.parity.probe import Pass
 from portkit.parity.sites import Visit, visit_inputs
 
 # Where a multimodal model keeps the text model that sites are named after.
@@ -29,40 +33,28 @@ _EAGER = "eager_attention_forward"
 class Reference:
     """A checkpoint in the reference implementation, in evaluation mode; a side of a comparison."""
 
-    def __init__(self, model: nn.Module, attention: str = "sdpa") -> None:
-        self.model = model
-        self.attention = attention
-
-    def logits(self, probe: Probe) -> Iterator[Tensor]:
-        """Logits (batch, tokens, vocab_size) of each pass in turn, run when it is asked for."""
-        caches: dict[str, Any] = {}
-        for one in probe:
-            yield self.run(one, caches)
+    def __init__(
+        self, model: nn.Module, attention: str = "sdpa", notes: tuple[str, ...] = ()
+    ) -> None:
+        self.model, self.attention, self.notes = model, attention, notes
+        self._sites = _text_modules(model)
 
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
-        """One pass; `caches` holds what earlier ones left, by name, and takes what this does."""
         output = self.model(
             input_ids=one.input_ids,
             position_ids=one.positions,
             attention_mask=one.attention_mask,
             past_key_values=caches.pop(one.continues) if one.continues else None,
             use_cache=True,
+            logits_to_keep=one.num_logits or 0,
         )
         caches[one.name] = output.past_key_values
         logits: Tensor = output.logits
         return logits
 
     def module_sites(self) -> Mapping[str, nn.Module]:
-        modules = dict(self.model.named_modules())
-        if _TEXT_PREFIX[:-1] not in modules:
-            return modules
-        text = {
-            f"model.{n.removeprefix(_TEXT_PREFIX)}": m
-            for n, m in modules.items()
-            if n.startswith(_TEXT_PREFIX)
-        }
-        return {**text, "lm_head": modules["lm_head"]}
+        return self._sites
 
     @contextmanager
     def watch_attention(self, visit: Visit) -> Iterator[None]:
@@ -92,6 +84,17 @@ class Reference:
         with self._kernels_replaced(spy):
             yield
 
+    @contextmanager
+    def other_kernel(self) -> Iterator[None]:
+        """Run with the attention kernel that was not asked for: rounding of another kind."""
+        model: Any = self.model
+        other = "eager" if self.attention == "sdpa" else "sdpa"
+        model.set_attn_implementation(other)
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(self.attention)
+
     def kernels(self) -> dict[str, Callable[..., Any]]:
         """The reference's own attention kernels: (module, query, key, value, mask, …) each."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -120,12 +123,13 @@ class Reference:
                     stack.callback(setattr, home, _EAGER, before)
             yield
 
+    def table_modules(self) -> Mapping[str, nn.Module]:
+        return {n: m for n, m in self.module_sites().items() if n.endswith("rotary_emb")}
+
     @contextmanager
     def watch_tables(self, visit: Visit) -> Iterator[None]:
         """Called once a layer type where they differ, and then told which by its name."""
-        name, module = next(
-            (n, m) for n, m in self.module_sites().items() if n.endswith("rotary_emb")
-        )
+        ((name, module),) = self.table_modules().items()
         prefix = name.removesuffix(".rotary_emb")
 
         def after(_: nn.Module, args: Any, kwargs: dict[str, Any], tables: Any) -> Any:
@@ -141,6 +145,19 @@ class Reference:
             handle.remove()
 
 
+def _text_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by the names that the text-only reference would give them."""
+    modules = dict(model.named_modules())
+    if _TEXT_PREFIX[:-1] not in modules:
+        return modules
+    text = {
+        f"model.{n.removeprefix(_TEXT_PREFIX)}": m
+        for n, m in modules.items()
+        if n.startswith(_TEXT_PREFIX)
+    }
+    return {**text, "lm_head": modules["lm_head"]}
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask as the eager kernel wants it: zero where visible, else the dtype's lowest."""
     lowest = torch.finfo(dtype).min
@@ -154,29 +171,27 @@ def is_available() -> bool:
     return find_spec("transformers") is not None
 
 
-def load_reference(directory: str | Path, dtype: torch.dtype, attention: str = "sdpa") -> Reference:
-    """Load a checkpoint's folder on the CPU. `attention`: sdpa or eager.
+def load_reference(
+    directory: str | Path,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    device: torch.device | str = "cpu",
+) -> Reference:
+    """Load a checkpoint's folder. `attention`: sdpa or eager.
 
-    Raises `ReferenceUnavailable` where it is not installed, or did not load every tensor.
+    A config that the reference rejects for the type of a value, as in `rms_norm_eps: 1`, is given
+    to it in a patched copy; the notes of the result say so. Raises `ReferenceUnavailable` where it
+    is not installed, or did not load every tensor.
     """
     if not is_available():
         raise ReferenceUnavailable(
             "the reference, Transformers, is not installed: pip install 'portkit[parity]'"
         )
-    import transformers
-
-    auto: Any = transformers.AutoModelForCausalLM
-    progress: Any = transformers.utils.logging
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    progress.disable_progress_bar()
+    notes: list[str] = []
     try:
-        model, report = auto.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        with _accepted(Path(directory), notes) as folder:
+            model, report = _from_pretrained(folder, dtype, attention)
     except Exception as error:  # it raises many kinds, and its own message is what helps
         reason = " ".join(str(error).split())
         raise ReferenceUnavailable(f"the reference cannot load {directory}: {reason}") from error
@@ -186,4 +201,81 @@ def load_reference(directory: str | Path, dtype: torch.dtype, attention: str = "
             raise ReferenceUnavailable(
                 f"the reference reports {key.replace('_', ' ')} in {directory}: {names}"
             )
-    return Reference(model.eval(), attention)
+    # To a device and never to a dtype: that would round its constants.
+    return Reference(model.eval().to(torch.device(device)), attention, tuple(notes))
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
+    import transformers
+
+    auto: Any = transformers.AutoModelForCausalLM
+    progress: Any = transformers.utils.logging
+    progress.disable_progress_bar()
+    model, report = auto.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    return model, report
+
+
+@contextmanager
+def _accepted(folder: Path, notes: list[str]) -> Iterator[Path]:
+    """The folder itself, or one of links to its files beside a config that the reference takes."""
+    import transformers
+
+    auto: Any = transformers.AutoConfig
+    try:
+        auto.from_pretrained(folder, local_files_only=True)
+    except Exception:  # again of many kinds
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        changed = _retyped(raw)
+        if not changed:
+            raise
+        notes += [f"the reference was given a patched config.json: {one}" for one in changed]
+        with TemporaryDirectory() as made:
+            for file in folder.iterdir():
+                if file.name != "config.json":
+                    (Path(made) / file.name).symlink_to(file.resolve())
+            (Path(made) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+            yield Path(made)
+        return
+    yield folder
+
+
+def _retyped(raw: dict[str, Any]) -> list[str]:
+    """Give values the types that the reference's config declares; change `raw`, and say how."""
+    import transformers
+
+    kinds: Any = transformers.CONFIG_MAPPING
+    if raw.get("model_type") not in kinds:
+        return []
+    kind = kinds[raw["model_type"]]
+    changed = []
+    for section, declared in (
+        (raw, kind),
+        (raw.get("text_config"), kind.sub_configs.get("text_config")),
+    ):
+        if not isinstance(section, dict) or declared is None:
+            continue
+        types = {k: v for each in declared.__mro__[::-1] for k, v in get_annotations(each).items()}
+        for key, value in section.items():
+            named = types.get(key)
+            new = _as_one_of(value, named.__name__ if isinstance(named, type) else str(named))
+            if new is not value:
+                section[key] = new
+                changed.append(f"{key} {json.dumps(value)} became {json.dumps(new)}")
+    return changed
+
+
+def _as_one_of(value: Any, types: str) -> Any:
+    """A number as the first of the named types that holds it; anything else as it is."""
+    named = set(re.findall(r"\w+", types))
+    if type(value).__name__ in named or type(value) not in (int, float):
+        return value
+    for kind in (float, int, bool):
+        if kind.__name__ in named and (kind is bool or kind(value) == value):
+            return kind(value)
+    return value

@@ -14,12 +14,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from portkit.architecture import Site
+from portkit.architecture import CausalLM, Site
+from portkit.nn.rope import RotaryEmbedding
+from portkit.parity.probe import Pass
 from portkit.weights import Template
 
 Visit = Callable[[str, Tensor], Tensor]
@@ -28,7 +31,14 @@ QKV = ("query", "key", "value")
 
 
 class Side(Protocol):
-    """A model that can be watched: the port, or the reference."""
+    """A model that can be run and watched: the port, or the reference."""
+
+    def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
+        """One pass's logits (batch, tokens, vocab_size), of the last tokens where it says so.
+
+        `caches` holds what earlier passes left, by their names, and takes what this one leaves.
+        """
+        ...
 
     def module_sites(self) -> Mapping[str, nn.Module]:
         """Modules by the text-only reference's names."""
@@ -38,30 +48,47 @@ class Side(Protocol):
         """A context in which `#query`, `#key`, `#value`, `#mask` and `#context` are visited."""
         ...
 
+    def table_modules(self) -> Mapping[str, nn.Module]:
+        """The modules that make the rotary tables, which depend on positions alone."""
+        ...
+
     def watch_tables(self, visit: Visit) -> Any:
         """A context in which the rotary tables are visited."""
         ...
 
 
 class SiteTable:
-    """The sites that a family declares: which names are observed, and what their dimensions are."""
+    """The sites that a family declares: which names are observed, and what their dimensions are.
 
-    def __init__(self, sites: Iterable[Site]) -> None:
+    `layers` keeps to the sites of some layers.
+    """
+
+    def __init__(self, sites: Iterable[Site], layers: range | None = None) -> None:
         self._templates = [(Template(site.name), site.dims) for site in sites]
+        self._layers = layers
         self._known: dict[str, str | None] = {}
 
     def dims(self, name: str) -> str | None:
-        """The dimensions of a site, None where the family does not declare it.
+        """The dimensions of a site, None where it is not declared or not among the layers.
 
         A norm's input has those of its output; all other inputs are `batch position channel`.
         """
         if name not in self._known:
             base = name.partition(":")[0]
-            found = (dims for template, dims in self._templates if template.match(base) is not None)
-            declared = next(found, None)
+            declared = next(
+                filter(None, (self._match(*one, base) for one in self._templates)), None
+            )
             is_input = ":" in name and declared is not None and "norm" not in base
             self._known[name] = "batch position channel" if is_input else declared
         return self._known[name]
+
+    def _match(self, template: Template, dims: str, name: str) -> str | None:
+        places = template.match(name)
+        if places is None:
+            return None
+        if self._layers is not None and int(places.get("layer", -1)) not in self._layers:
+            return None
+        return dims
 
 
 @contextmanager
@@ -98,6 +125,12 @@ def _hooks(name: str, module: nn.Module, visit: Visit) -> list[Any]:
     ]
 
 
+@cache
+def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
+
+
 class _Roles:
     """Which arguments of a module are observed, by role and not by place.
 
@@ -106,8 +139,8 @@ class _Roles:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parameters = inspect.signature(module.forward).parameters.values()
-        self._names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+        own = vars(module).get("forward")
+        self._names = _positional(type(module).forward)[1:] if own is None else _positional(own)
 
     def visit(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Visit
@@ -165,18 +198,28 @@ def visit_inputs(
 
 
 class PortSide:
-    """Our own model."""
+    """Our own model. `length`: how many tokens its caches are made for."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: CausalLM, length: int) -> None:
+        self.model, self.length = model, length
+        self._modules = dict(model.named_modules())
+
+    @torch.no_grad()
+    def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
+        batch = len(one.input_ids)
+        cache = caches.pop(one.continues or "", None) or self.model.new_cache(batch, self.length)
+        hidden = self.model.hidden_states(one.input_ids, one.positions, cache, one.attention_mask)
+        cache.advance(one.num_tokens)
+        caches[one.name] = cache
+        return self.model.logits(hidden[:, -(one.num_logits or one.num_tokens) :])
 
     def module_sites(self) -> Mapping[str, nn.Module]:
-        return dict(self.model.named_modules())
+        return self._modules
 
     @contextmanager
     def watch_attention(self, visit: Visit) -> Iterator[None]:
         with ExitStack() as stack:
-            for path, module in self.model.named_modules():
+            for path, module in self._modules.items():
                 if path.endswith(".attend"):
                     name = path.removesuffix(".attend")
                     for handle in self._kernel_hooks(name, module, visit):
@@ -192,14 +235,16 @@ class PortSide:
 
         return [kernel.register_forward_pre_hook(before), kernel.register_forward_hook(after)]
 
+    def table_modules(self) -> Mapping[str, nn.Module]:
+        return {n: m for n, m in self._modules.items() if isinstance(m, RotaryEmbedding)}
+
     @contextmanager
     def watch_tables(self, visit: Visit) -> Iterator[None]:
         with ExitStack() as stack:
-            for path, module in self.model.named_modules():
+            for path, module in self.table_modules().items():
                 prefix, _, kind = path.partition("rotary_emb")
-                if prefix and hasattr(module, "inv_freq"):
-                    after = _table_hook(f"{prefix.rstrip('.')}#", kind, visit)
-                    stack.callback(module.register_forward_hook(after).remove)
+                after = _table_hook(f"{prefix.rstrip('.')}#", kind, visit)
+                stack.callback(module.register_forward_hook(after).remove)
             yield
 
 

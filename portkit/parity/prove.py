@@ -1,0 +1,154 @@
+"""The whole question: load both sides, compare them, hear them speak, and say what was not seen.
+
+Knows what belongs to a proof beside the comparison itself: a pass in bfloat16, which alone shows a
+missing care, generation, and the coverage of the probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from portkit.errors import OutOfMemory, PortkitError
+from portkit.loading import LoadedModel, draw, materialize, open_checkpoint, resolve_dtype
+from portkit.parity.compare import Tell, compare
+from portkit.parity.generation import NUM_TOKENS, GenerationParity, compare_generation
+from portkit.parity.probe import Probe, check_fits
+from portkit.parity.probing import default_probe, unexercised
+from portkit.parity.reference import Reference, load_reference
+from portkit.parity.result import Comparison, NotVerified, ParityResult
+from portkit.parity.sites import PortSide, SiteTable
+from portkit.tokenizer import Tokenizer
+
+CARE = torch.bfloat16
+"""The dtype in which a missing upcast shows, whatever dtype was asked for."""
+_OPENING = "Once upon a time"
+_CARE_PASSES = {"short", "far"}
+"""Of the default probe: every module, at near and at far positions."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be proven. Words are the command's."""
+
+    repo: str | Path
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    attention: str = "sdpa"
+    reference_attention: str | None = None
+    """None: the same as the port's."""
+    layers: range | None = None
+    """The layers to hold against the truth; None: all, and what is around them."""
+    ignore_config: tuple[str, ...] = ()
+    choose_probe: Callable[[LoadedModel], Probe] = lambda loaded: default_probe(loaded.model)
+
+
+def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
+    """Answer it. `tell` is given a line for each step. Raises a `PortkitError` on bad input."""
+    asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
+    comparisons: list[Comparison] = []
+    not_verified: list[NotVerified] = []
+    generation: GenerationParity | None = None
+    notes: tuple[str, ...] = ()
+    with _memory_watched():
+        for dtype in dict.fromkeys((asked, CARE)):
+            tell(f"load in {_word(dtype)}")
+            loaded, reference = _load(question, dtype)
+            probe = question.choose_probe(loaded)
+            check_fits(probe, loaded.config.vocab_size, loaded.config.max_position_embeddings)
+            if dtype == asked:
+                notes = (*loaded.report.notes, *reference.notes)
+                not_verified += _not_verified(question, loaded, probe)
+                table = SiteTable(loaded.architecture.sites, question.layers)
+            else:
+                probe = _care_probe(probe)
+            port = PortSide(loaded.model, probe.longest)
+            comparisons.append(_compare(port, reference, table, probe, tell))
+            not_verified += comparisons[-1].not_verified
+            if dtype == asked and question.layers is None:
+                tell("generate")
+                generation = _generate(loaded, reference, probe)
+    return ParityResult(tuple(comparisons), generation, tuple(not_verified), notes)
+
+
+def _load(question: Question, dtype: torch.dtype) -> tuple[LoadedModel, Reference]:
+    checkpoint = open_checkpoint(question.repo, question.revision)
+    blueprint = draw(checkpoint, question.attention, question.ignore_config)
+    num_layers = blueprint.config.num_hidden_layers
+    if question.layers is not None and question.layers.stop > num_layers:
+        raise PortkitError(
+            f"--layers {question.layers.start}-{question.layers.stop - 1}: the model has "
+            f"{num_layers} layers, 0 to {num_layers - 1}"
+        )
+    loaded = materialize(blueprint, _word(dtype), question.device)
+    # What was just read lies in one folder, a repository's in the Hub's cache.
+    folder = loaded.files.path("config.json").parent
+    attention = question.reference_attention or question.attention
+    return loaded, load_reference(folder, dtype, attention, question.device)
+
+
+def _compare(
+    port: PortSide, reference: Reference, table: SiteTable, probe: Probe, tell: Tell
+) -> Comparison:
+    device = next(port.model.parameters()).device
+    moved = replace(probe, passes=tuple(one.to(device) for one in probe))
+    return compare(port, reference, table, moved, tell)
+
+
+def _care_probe(probe: Probe) -> Probe:
+    """What is run again in bfloat16."""
+    if not probe.is_complete:
+        return probe
+    return Probe("bfloat16", tuple(one for one in probe if one.name in _CARE_PASSES))
+
+
+def _generate(loaded: LoadedModel, reference: Reference, probe: Probe) -> GenerationParity:
+    """After a prompt of one's own, or after words: random tokens end in repeating one."""
+    context = loaded.config.max_position_embeddings
+    first = next(iter(probe))
+    prompt = first.input_ids[-1, first.real[-1]].tolist()
+    if probe.name != "prompt":
+        with suppress(PortkitError):  # a checkpoint need not have a tokenizer
+            words = Tokenizer.open(loaded.files).encode(_OPENING)
+            prompt = words if words and max(words) < loaded.config.vocab_size else prompt
+    num_tokens = max(1, min(NUM_TOKENS, context // 2))
+    prompt = prompt[: context - num_tokens]
+    port = PortSide(loaded.model, len(prompt) + num_tokens)
+    return compare_generation(port, reference, prompt, num_tokens)
+
+
+def _not_verified(question: Question, loaded: LoadedModel, probe: Probe) -> Iterator[NotVerified]:
+    yield from unexercised(loaded.model, probe)
+    for key in loaded.blueprint.ignored:
+        yield NotVerified(f"config: {key}", "not understood, and ignored on request")
+    if question.layers is not None:
+        named = f"{question.layers.start} to {question.layers.stop - 1}"
+        yield NotVerified(
+            f"everything but the layers {named}", "--layers left it out, and generation with it"
+        )
+
+
+@contextmanager
+def _memory_watched() -> Iterator[None]:
+    """Where memory runs out, say what takes less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+            "can't allocate memory" not in said
+        ):
+            raise
+        reason = said.splitlines()[0] if said else "no reason given"
+        raise OutOfMemory(
+            f"memory ran out ({reason:.120}): try --layers 0-3, --quick, or a smaller --dtype"
+        ) from error
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,78 @@
+"""What a comparison found: judgements, what was not verified, and the verdict over all of it.
+
+Knows the words and the order of verdicts; computes no distance and prints nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from portkit.parity.judge import Judgement, Verdict
+from portkit.parity.ledger import SiteAccount
+
+if TYPE_CHECKING:
+    from portkit.parity.generation import GenerationParity
+    from portkit.parity.probe import Probe
+
+
+@dataclass(frozen=True)
+class NotVerified:
+    """What a comparison did not see, and why."""
+
+    name: str
+    reason: str
+    was_meant: bool = False
+    """The probe was meant to show it: without it the verdict is inconclusive."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One probe in one dtype: every site, in order of execution."""
+
+    dtype: str
+    probe: Probe
+    judgements: tuple[Judgement, ...]
+    accounts: dict[str, SiteAccount]
+    not_verified: tuple[NotVerified, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        return worst(one.verdict for one in self.judgements)
+
+    @property
+    def culprits(self) -> tuple[Judgement, ...]:
+        """Sites that diverged where they are made, in order of execution."""
+        return tuple(one for one in self.judgements if one.verdict is Verdict.diverged)
+
+    @property
+    def num_exact(self) -> int:
+        return sum(one.verdict is Verdict.exact for one in self.judgements)
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """The answer: the comparison that was asked for, and what stands beside it."""
+
+    comparisons: tuple[Comparison, ...]
+    """In the dtype asked for, and then in bfloat16 where that is another."""
+    generation: GenerationParity | None = None
+    not_verified: tuple[NotVerified, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+    """What was done to be able to compare, such as a config that was patched for the reference."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Diverged before inconclusive before rounding before exact."""
+        found = worst(one.verdict for one in self.comparisons)
+        if found is not Verdict.diverged and any(one.was_meant for one in self.not_verified):
+            return Verdict.inconclusive
+        return found
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The one that counts: diverged, inconclusive, rounding, exact. Nothing compared is no pass."""
+    found = set(verdicts)
+    assert found, "nothing was compared"
+    return next(one for one in reversed(Verdict) if one in found)

@@ -1,0 +1,91 @@
+"""A parity result in plain values, for machines: what `portkit parity --json` prints.
+
+Errors are relative RMS; a number that is not finite is null. Keys that others rely on are listed in
+docs/design.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from portkit.parity.judge import Judgement
+from portkit.parity.probe import as_json
+from portkit.parity.result import Comparison, ParityResult
+
+
+def as_fields(result: ParityResult) -> dict[str, Any]:
+    """The result's own part of the object; the command adds what it was asked."""
+    main = result.comparisons[0]
+    culprits = [_culprit(each, one) for each in result.comparisons for one in each.culprits]
+    return {
+        "verdict": result.verdict,
+        "dtype": main.dtype,
+        "probe": as_json(main.probe),
+        "sites": sum(len(one.judgements) for one in result.comparisons),
+        "exact": sum(one.num_exact for one in result.comparisons),
+        "comparisons": [
+            {
+                "dtype": one.dtype,
+                "verdict": one.verdict,
+                "passes": [each.name for each in one.probe],
+                "sites": len(one.judgements),
+                "exact": one.num_exact,
+                "rounding": [j.site for j in one.judgements if j.verdict == "rounding"],
+            }
+            for one in result.comparisons
+        ],
+        "culprits": culprits,
+        "first": culprits[0] if culprits else None,
+        "generation": _generation(result),
+        "not_verified": [{"name": one.name, "reason": one.reason} for one in result.not_verified],
+        "notes": list(result.notes),
+    }
+
+
+def _culprit(comparison: Comparison, one: Judgement) -> dict[str, Any]:
+    account = comparison.accounts[one.site]
+    worst = [
+        {"pass": record.name, **{k: _finite(v) for k, v in vars(value).items()}}
+        for record in account.unequal
+        for value in record.worst
+    ]
+    return {
+        "site": one.site,
+        "dtype": comparison.dtype,
+        "pass": one.passes[0] if one.passes else None,
+        "passes": list(one.passes),
+        "kind": one.kind,
+        "local_error": _finite(one.local_error),
+        "floor": _finite(one.floor),
+        "function_error": _finite(one.function_error),
+        "misshapen": account.misshapen,
+        "worst": worst[:6],
+        "cause": None,
+    }
+
+
+def _generation(result: ParityResult) -> dict[str, Any] | None:
+    found = result.generation
+    if found is None:
+        return None
+    first = found.first_difference
+    return {
+        "tokens": len(found.reference_tokens),
+        "equal": found.is_equal,
+        "prompt": list(found.prompt),
+        "port": list(found.port_tokens),
+        "reference": list(found.reference_tokens),
+        "top1_agreement": found.top1_agreement,
+        "max_kl": _finite(found.max_kl),
+        "first_difference": None
+        if first is None
+        else {
+            **{key: _finite(value) for key, value in vars(first).items()},
+            "is_rounding": first.is_rounding,
+        },
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

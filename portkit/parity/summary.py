@@ -1,0 +1,191 @@
+"""A parity result in words: verdict, a row for each layer, the first culprit, what was not seen.
+
+Layers that are exact stand together in one row; one that is not opens up to its sites. What is
+printed is plain text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict
+from portkit.parity.result import Comparison, ParityResult, worst
+
+_OPENED_LAYERS, _OPENED_SITES = 3, 4
+_LAYER = re.compile(r"(.*\blayers)\.(\d+)\b")
+Row = tuple[str, str, str, str, str, str]
+HEADINGS: Row = ("where", "sites", "verdict", "local error", "floor", "carried")
+
+_KINDS = {
+    "function": "it computes another function",
+    "care": "the same function, computed with less care than the reference",
+    "glue": "the code between modules made it so",
+    "shape": "it has another shape",
+    "missing": "the port does not have it",
+}
+
+
+def headline(result: ParityResult) -> list[str]:
+    """The verdict and the counts behind it."""
+    lines = []
+    for one in result.comparisons:
+        passes, tokens = len(one.probe), sum(each.input_ids.numel() for each in one.probe)
+        lines.append(
+            f"{one.dtype}: {one.num_exact:,} of {len(one.judgements):,} sites equal in every bit "
+            f"over {passes} passes of {tokens:,} tokens"
+        )
+    return [*lines, *_generation(result)]
+
+
+def layer_rows(comparison: Comparison) -> list[Row]:
+    """A row for each run of layers that are alike; under one that is not exact, its sites."""
+    groups: dict[str, list[Judgement]] = {}
+    for one in comparison.judgements:
+        groups.setdefault(_group(one.site), []).append(one)
+    rows, opened = [], 0
+    for (_, verdict, _), members in groupby(groups.items(), lambda it: _alike(comparison, *it)):
+        alike = list(members)
+        sites = [one for _, each in alike for one in each]
+        rows.append(_row(comparison, _named([name for name, _ in alike]), sites))
+        if verdict is not Verdict.exact and opened < _OPENED_LAYERS:
+            opened += 1
+            rows += _opened(alike[0][0], alike[0][1])
+    return rows
+
+
+def details(result: ParityResult) -> list[str]:
+    """The first culprit of each comparison: what it is, and the values side by side."""
+    lines = []
+    for comparison in result.comparisons:
+        if not comparison.culprits:
+            continue
+        first, others = comparison.culprits[0], len(comparison.culprits) - 1
+        lines.append(f"first culprit in {comparison.dtype}: {first.site}")
+        lines.append(f"  {first.kind}: {_KINDS[first.kind or 'function']}{_evidence(first)}")
+        account = comparison.accounts[first.site]
+        if account.misshapen:
+            lines.append(f"  port {account.misshapen} of the reference")
+        for record in account.unequal[:1]:
+            lines.append(
+                f"  {record.name}: {record.num_unequal:,} of {record.num_values:,} values differ; "
+                "the largest differences:"
+            )
+            lines += [
+                f"    row {one.row}, position {one.position}, {one.place}: "
+                f"port {one.port:.9g}, reference {one.reference:.9g}"
+                for one in record.worst
+            ]
+        if others:
+            named = ", ".join(one.site for one in comparison.culprits[1:4])
+            lines.append(f"  and {others} more: {named}{', …' if others > 3 else ''}")
+    return lines
+
+
+def caveats(result: ParityResult) -> list[str]:
+    """What was not verified, and what was done to be able to compare."""
+    return [
+        *(f"note: {one}" for one in result.notes),
+        *(f"not verified: {one.name} ({one.reason})" for one in result.not_verified),
+    ]
+
+
+def figure(value: float | None) -> str:
+    """`1.2e-3`, or nothing."""
+    return "" if value is None else f"{value:.1e}"
+
+
+def _generation(result: ParityResult) -> Iterator[str]:
+    found = result.generation
+    if found is None:
+        return
+    num_tokens = len(found.reference_tokens)
+    if found.is_equal:
+        yield (
+            f"generation: {num_tokens} of {num_tokens} greedy tokens equal, KL at most "
+            f"{found.max_kl:.1e}"
+        )
+        return
+    first = found.first_difference
+    assert first is not None
+    explained = (
+        "which rounding explains" if first.is_rounding else "which rounding does not explain"
+    )
+    yield (
+        f"generation: differs at step {first.step}, port {first.port_token} for "
+        f"{first.reference_token}, by {max(first.port_gap, first.reference_gap):.3g} in the logits "
+        f"(floor {first.floor:.1e}), {explained}; top-1 agreement "
+        f"{found.top1_agreement:.0%}, KL at most {found.max_kl:.1e}"
+    )
+
+
+def _group(site: str) -> str:
+    if site.endswith("(parameter)"):
+        return "parameters"
+    found = _LAYER.match(site)
+    if found:
+        return found[0]
+    if "#cos" in site or "#sin" in site:
+        return "rotary tables"
+    return site.partition(":")[0]
+
+
+def _alike(
+    comparison: Comparison, name: str, members: list[Judgement]
+) -> tuple[str, Verdict, object]:
+    """Exact layers stand together where they are carried alike; everything else alone."""
+    found = _LAYER.match(name)
+    verdict = worst(one.verdict for one in members)
+    if found is None or verdict is not Verdict.exact:
+        return name, verdict, None
+    return found[1], verdict, (_carried(comparison, members), len(members))
+
+
+def _carried(comparison: Comparison, members: Iterable[Judgement]) -> bool:
+    return any(comparison.accounts[one.site].carried for one in members)
+
+
+def _named(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} to {names[-1].rpartition('.')[2]}"
+
+
+def _row(comparison: Comparison, name: str, members: list[Judgement]) -> Row:
+    verdict = worst(one.verdict for one in members)
+    floor = max((one.floor for one in members if one.floor is not None), default=None)
+    return (
+        name,
+        f"{len(members):,}",
+        str(verdict),
+        "",
+        figure(floor) if verdict is Verdict.exact else "",
+        "" if name == "parameters" else "differs" if _carried(comparison, members) else "equal",
+    )
+
+
+def _opened(name: str, members: list[Judgement]) -> list[Row]:
+    unequal = [one for one in members if one.verdict is not Verdict.exact]
+    # What diverged before what is rounding; in the order of execution otherwise.
+    unequal.sort(key=lambda one: one.verdict is not Verdict.diverged)
+    rows: list[Row] = []
+    for one in unequal[:_OPENED_SITES]:
+        passes = f" in {', '.join(one.passes[:3])}{', …' if len(one.passes) > 3 else ''}"
+        where = f"  {one.site.removeprefix(name).lstrip('.')}{passes if one.passes else ''}"
+        said = f"{one.verdict}, {one.kind}" if one.kind else str(one.verdict)
+        rows.append((where, "", said, figure(one.local_error), figure(one.floor), ""))
+    if len(unequal) > _OPENED_SITES:
+        rows.append((f"  and {len(unequal) - _OPENED_SITES} more", "", "", "", "", ""))
+    return rows
+
+
+def _evidence(one: Judgement) -> str:
+    if one.function_error is not None and one.function_error > SAME_FUNCTION:
+        return f" ({figure(one.function_error)} apart in float64, {SAME_FUNCTION:.0e} is the same)"
+    if one.local_error is not None and one.floor:
+        ratio = one.local_error / one.floor
+        times = f"{ratio:.3g}" if math.isfinite(ratio) else "not finite, and so any number of"
+        return f" ({times} times its distance from the truth, up to {FLOOR_FACTOR} is rounding)"
+    return ""
