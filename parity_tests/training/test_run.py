@@ -87,22 +87,25 @@ def test_the_published_dtype(inputs: Inputs, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("stops", "changed"),
     [
-        {},
-        {"optimizer": OptimizerName.muon, "schedule": Shape.trapezoid, "decay_steps": 4},
-        {"precision": Precision.bfloat16, "accumulation": 2, "activation_checkpointing": True},
+        ((3, 5, 8), {}),
+        ((7,), {"optimizer": OptimizerName.muon, "schedule": Shape.trapezoid, "decay_steps": 4}),
+        (
+            (7,),
+            {"precision": Precision.bfloat16, "accumulation": 2, "activation_checkpointing": True},
+        ),
     ],
     ids=["adamw", "muon", "bfloat16"],
 )
 def test_stopped_and_resumed_is_straight_through(
-    changed: dict[str, Any], inputs: Inputs, tmp_path: Path
+    stops: tuple[int, ...], changed: dict[str, Any], inputs: Inputs, tmp_path: Path
 ) -> None:
-    """Stopped by SIGTERM at three steps, saved each time; weights equal in every bit."""
+    """Stopped by SIGTERM, saved each time; weights equal in every bit."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     told = recipe(**changed)
     train(inputs, told, straight, HABITS)
-    for step in (3, 5, 8):
+    for step in stops:
         with pytest.raises(KeyboardInterrupt):
             train(inputs, told, stopped, HABITS, stop_at(step))
         pointed = (stopped / "steps" / "LATEST").read_text().strip()
