@@ -178,5 +178,5 @@ def test_figures_go_to_a_tracker(
 def test_tensorboard(inputs: Inputs, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     watch = open_tracker(TrackerName.tensorboard, tmp_path / "run")
-    train(inputs, recipe(steps=3), tmp_path / "elsewhere", Habits(), watch)
+    train(inputs, recipe(steps=3), tmp_path / "run", Habits(), watch)
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.*"))

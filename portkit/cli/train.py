@@ -10,143 +10,51 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from portkit.cli import options
+from portkit.cli import options, training_options
 from portkit.cli.output import human_bytes, print_json
 
-
-class Schedule(StrEnum):
-    cosine = "cosine"
-    trapezoid = "trapezoid"
-    one_cycle = "one-cycle"
-    constant = "constant"
-
-
-class Optimizer(StrEnum):
-    adamw = "adamw"
-    muon = "muon"
-
-
-class Tracker(StrEnum):
-    tensorboard = "tensorboard"
-    trackio = "trackio"
-
-
-class Precision(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
+if TYPE_CHECKING:
+    from portkit.training.run import Outcome
 
 _EVERY_S = 10.0
 _EVERY_ON_A_TERMINAL_S = 0.5
 
 
 def command(
-    config: Annotated[
-        str,
-        typer.Argument(metavar="CONFIG", help="A variant's name (`portkit list`), or config.json."),
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            metavar="TEXT",
-            help="A text file, a folder of them, tinystories, or hf://datasets/OWNER/NAME/FILE.",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="RUN", help="The run's folder; there again, it goes on."),
-    ],
-    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps in all.")],
-    held_out: Annotated[
-        str | None,
-        typer.Option(
-            "--held-out", metavar="TEXT", help="Text to evaluate on; else a tenth of the data."
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str,
-        typer.Option(
-            "--tokenizer",
-            metavar="bpe|characters|REPO",
-            help="Train one, or take a checkpoint's with its vocabulary.",
-        ),
-    ] = "bpe",
-    vocab_size: Annotated[
-        int | None,
-        typer.Option("--vocab-size", help="Of a trained BPE, 512 to 32768; else the config's."),
-    ] = None,
-    context: Annotated[int, typer.Option("--context", help="Tokens in a row.")] = 256,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", help="Rows in an optimizer step, over all ranks.")
-    ] = 32,
-    accumulation: Annotated[
-        int, typer.Option("--accumulation", help="Parts that a step's rows are taken in.")
-    ] = 1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="At its peak.")] = 1e-3,
-    final_rate: Annotated[
-        float | None,
-        typer.Option("--final-rate", help="At the end; else a tenth of the peak."),
-    ] = None,
-    schedule: Annotated[
-        Schedule, typer.Option("--schedule", help="How the rate goes on after the warm-up.")
-    ] = Schedule.cosine,
-    warmup_steps: Annotated[
-        int | None, typer.Option("--warmup-steps", help="Else a twentieth of the steps.")
-    ] = None,
-    decay_steps: Annotated[
-        int | None,
-        typer.Option("--decay-steps", help="Of the trapezoid; else a fifth of the steps."),
-    ] = None,
-    optimizer: Annotated[
-        Optimizer,
-        typer.Option("--optimizer", help="AdamW for all, or Muon for the hidden matrices."),
-    ] = Optimizer.adamw,
-    weight_decay: Annotated[
-        float, typer.Option("--weight-decay", help="Of matrices; vectors do not decay.")
-    ] = 0.1,
-    beta1: Annotated[float, typer.Option("--beta1")] = 0.9,
-    beta2: Annotated[float, typer.Option("--beta2")] = 0.95,
-    max_gradient_norm: Annotated[
-        float, typer.Option("--max-gradient-norm", help="Clip to it; 0 does not clip.")
-    ] = 1.0,
-    precision: Annotated[
-        Precision,
-        typer.Option("--precision", help="What matrices are multiplied in; weights are float32."),
-    ] = Precision.float32,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    activation_checkpointing: Annotated[
-        bool,
-        typer.Option("--activation-checkpointing", help="Less memory, a third more work."),
-    ] = False,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the layers with torch.compile.")
-    ] = False,
-    eval_every: Annotated[
-        int, typer.Option("--eval-every", help="Steps between evaluations; 0: at the end only.")
-    ] = 200,
-    eval_tokens: Annotated[
-        int, typer.Option("--eval-tokens", help="Held-out tokens at most.")
-    ] = 262144,
-    save_every: Annotated[int, typer.Option("--save-every", help="Steps between saves.")] = 200,
-    keep: Annotated[int, typer.Option("--keep", help="Saved steps that are kept.")] = 3,
-    sample_every: Annotated[
-        int, typer.Option("--sample-every", help="Steps between samples of text; 0: none.")
-    ] = 0,
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="What samples begin with.")] = "",
-    track: Annotated[
-        Tracker | None,
-        typer.Option("--track", help="Log to TensorBoard or trackio too, where installed."),
-    ] = None,
-    dtype: Annotated[
-        options.DType, typer.Option("--dtype", help="Of the published weights; auto is float32.")
-    ] = options.DType.auto,
+    config: training_options.Config,
+    data: training_options.Data,
+    out: training_options.Out,
+    steps: training_options.Steps,
+    held_out: training_options.HeldOut = None,
+    tokenizer: training_options.Tokenizer = "bpe",
+    vocab_size: training_options.VocabSize = None,
+    context: training_options.Context = 256,
+    batch_size: training_options.BatchSize = 32,
+    accumulation: training_options.Accumulation = 1,
+    learning_rate: training_options.LearningRate = 1e-3,
+    final_rate: training_options.FinalRate = None,
+    schedule: training_options.ScheduleOption = training_options.Schedule.cosine,
+    warmup_steps: training_options.WarmupSteps = None,
+    decay_steps: training_options.DecaySteps = None,
+    optimizer: training_options.OptimizerOption = training_options.Optimizer.adamw,
+    weight_decay: training_options.WeightDecay = 0.1,
+    beta1: training_options.Beta1 = 0.9,
+    beta2: training_options.Beta2 = 0.95,
+    max_gradient_norm: training_options.MaxGradientNorm = 1.0,
+    precision: training_options.PrecisionOption = training_options.Precision.float32,
+    seed: training_options.Seed = 0,
+    activation_checkpointing: training_options.ActivationCheckpointing = False,
+    compile: training_options.Compile = False,
+    eval_every: training_options.EvalEvery = 200,
+    eval_tokens: training_options.EvalTokens = 262144,
+    save_every: training_options.SaveEvery = 200,
+    keep: training_options.Keep = 3,
+    sample_every: training_options.SampleEvery = 0,
+    prompt: training_options.Prompt = "",
+    track: training_options.Track = None,
+    dtype: training_options.PublishedDType = options.DType.auto,
     device: options.DeviceOption = options.Device.auto,
     json: options.Json = False,
 ) -> None:
@@ -156,7 +64,7 @@ def command(
     from portkit.training.schedule import Shape
     from portkit.training.tracking import TrackerName, open_tracker
 
-    trapezoid = schedule == Schedule.trapezoid
+    trapezoid = schedule == training_options.Schedule.trapezoid
     recipe = recipes.Recipe(
         steps=steps,
         batch_size=batch_size,
@@ -194,8 +102,10 @@ def command(
         device=device,
         dtype="float32" if dtype == options.DType.auto else dtype,
     )
+    # torchrun starts several of us, and the first one speaks.
+    first = os.environ.get("RANK", "0") == "0"
     watchers: list[Watch] = [_Narrator()]
-    if track is not None:
+    if track is not None and first:
         watchers.append(open_tracker(TrackerName(track), out))
 
     def watch(record: Mapping[str, Any]) -> None:
@@ -203,8 +113,11 @@ def command(
             one(record)
 
     outcome = train(inputs, recipe, out, habits, watch)
-    if int(os.environ.get("RANK", "0")):
-        return  # torchrun has started several of us, and the first one speaks
+    if first:
+        _print_outcome(outcome, json)
+
+
+def _print_outcome(outcome: Outcome, json: bool) -> None:
     result = outcome.evaluation
     if json:
         print_json(

@@ -43,7 +43,7 @@ from portkit.training.texts import find_texts
 from portkit.training.tokens import TokenFile
 
 BPE, CHARACTERS = "bpe", "characters"
-_PARTS = {"data", "tokenizer", LOCK}
+_PARTS = {"data", "tokenizer", "tensorboard", LOCK}
 
 Watch = Callable[[Mapping[str, Any]], None]
 """Told each record of `run.jsonl` as it is written, on the first rank."""
