@@ -31,6 +31,10 @@ turn on the same machine, medians are compared, and what counts is the ratio.
 
 Opening adds {added_bytes:,} bytes to the process's anonymous memory, {share:.2%} of the file; the
 target is under {share_target:.0%}.
+
+A proof with the default probe adds {proof_bytes:,} bytes at its peak. The target is
+{proof_target_bytes:,}: two and a half checkpoints, what the largest pass records, one layer and
+32,768 rows of the head in float64. What is beyond it are the layer's activations in float64.
 """
 
 
@@ -39,7 +43,8 @@ def page(run: dict[str, Any]) -> str:
     machine = run["machine_info"]
     found = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
     memory = next((one for one in found if "added_bytes" in one), None)
-    if memory is None:
+    proof = next((one for one in found if "proof_bytes" in one), None)
+    if memory is None or proof is None:
         raise SystemExit("the run lacks the checkpoint's benchmarks: set PORTKIT_DATA for it")
     rows = [
         f"| {one['what']} | {one['ours_s']:.3f} s | {one['against']} | {one['theirs_s']:.3f} s "
@@ -52,6 +57,7 @@ def page(run: dict[str, Any]) -> str:
         added_bytes=memory["added_bytes"],
         share=memory["added_bytes"] / memory["file_bytes"],
         share_target=memory["target"],
+        **proof,
         cores=machine["usable_cores"],
         system=f"{machine['system']} {machine['machine']}",
         versions=", ".join(f"{name} {version}" for name, version in machine["versions"].items()),

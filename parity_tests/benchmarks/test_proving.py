@@ -1,0 +1,104 @@
+"""What a proof costs: against the bare forward passes that it cannot do without, and in memory.
+
+The bare passes are those of the default probe: the port and the reference in the dtype, the
+reference with its other kernel for the floor, both sides in float64, and the port once more for
+local errors; without a hook on any of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from parity_tests.benchmarks.conftest import Comparison
+from parity_tests.benchmarks.test_opening import record, say
+from portkit.loading import load
+from portkit.parity.logits import run_all
+from portkit.parity.precision import held_in_float64
+from portkit.parity.probe import Probe
+from portkit.parity.probing import default_probe
+from portkit.parity.prove import Question, prove
+from portkit.parity.reference import load_reference
+from portkit.parity.sites import PortSide, Side
+
+MEMORY_OF_PROVING = """
+import resource, sys
+from transformers import AutoModelForCausalLM
+from portkit.parity.prove import Question, prove
+from portkit.parity import compare, truth
+import torch
+
+def peak_bytes():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+torch.set_num_threads(1)
+largest = 0
+judge = truth.Truth.judge
+
+def judged(self, recordings):
+    global largest
+    for one in recordings:
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in one.trace.values()}
+        largest = max(largest, sum(held.values()))
+    return judge(self, recordings)
+
+truth.Truth.judge = judged
+before = peak_bytes()
+assert prove(Question(sys.argv[1])).verdict == "exact"
+print(peak_bytes() - before, largest)
+"""
+
+
+def seconds(side: Side, probe: Probe) -> float:
+    started = time.perf_counter()
+    for _ in run_all(side, probe):
+        pass
+    return time.perf_counter() - started
+
+
+def test_a_proof_against_its_bare_forwards(
+    benchmark: BenchmarkFixture, released_size: Path
+) -> None:
+    torch.set_num_threads(1)
+    model = load(released_size, device="cpu").model
+    probe = default_probe(model)
+    port, reference = PortSide(model, probe.longest), load_reference(released_size, torch.bfloat16)
+
+    def bare() -> float:
+        spent = 2 * seconds(port, probe) + seconds(reference, probe)
+        with reference.other_kernel():
+            spent += seconds(reference, probe)
+        with held_in_float64(model, reference.model):
+            return spent + seconds(port, probe) + seconds(reference, probe)
+
+    verdict = benchmark.pedantic(lambda: prove(Question(released_size)).verdict, rounds=1)
+    assert verdict == "exact"
+    found = Comparison(benchmark.stats.stats.median, bare())
+    record(benchmark, "`portkit parity` in a running process", "its bare passes", 1.6, found)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for its peak")
+def test_memory_of_a_proof(benchmark: BenchmarkFixture, released_size: Path) -> None:
+    def measured() -> list[int]:
+        command = [sys.executable, "-c", MEMORY_OF_PROVING, str(released_size)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return [int(word) for word in done.stdout.split()]
+
+    grown, largest = benchmark.pedantic(measured, rounds=1)
+    model = load(released_size, device="cpu").model
+    layer = model.get_submodule("model.layers.0")
+    float64_layer = 8 * sum(one.numel() for one in layer.parameters())
+    head = 8 * 32_768 * model.config.hidden_size
+    file_bytes = (released_size / "model.safetensors").stat().st_size
+    target_bytes = int(2.5 * file_bytes) + largest + float64_layer + head
+    benchmark.extra_info.update(proof_bytes=grown, proof_target_bytes=target_bytes)
+    say(f"a proof adds {grown:,} bytes at its peak; the target is {target_bytes:,}")
