@@ -50,6 +50,14 @@ class ReferenceUnavailable(PortkitError):
     """The reference implementation is missing or cannot load this checkpoint faithfully."""
 
 
+class DataError(PortkitError):
+    """Training text or a token file is missing, empty, damaged, or not what it should be."""
+
+
+class TrainingError(PortkitError):
+    """A training run cannot start, go on, or be saved as it was asked for."""
+
+
 class ProbeError(PortkitError):
     """A probe that cannot be read, or that a model cannot be asked: no such token or position."""
 

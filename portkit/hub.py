@@ -51,15 +51,24 @@ class RemoteFiles:
     `revision` is a branch, a tag or a commit; the default is the branch `main`. It is resolved
     once, at the first question, so that a push in the meantime cannot mix two versions. Where the
     Hub cannot be asked (HF_HUB_OFFLINE, no network, no access any more), the cache alone answers.
+    `repo_type` is "model" or "dataset"; `first` is the file that a revision is resolved with.
     """
 
-    def __init__(self, repo_id: str, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        repo_id: str,
+        revision: str | None = None,
+        *,
+        repo_type: str = "model",
+        first: str = _CONFIG,
+    ) -> None:
         if not is_repository_id(repo_id):
             raise HubError(
                 f"{repo_id!r} is neither a folder nor a Hub repository: give the path of an "
                 "existing folder, or an id such as google/gemma-3-270m"
             )
         self.repo_id = repo_id
+        self.repo_type, self._first = repo_type, first
         self.revision = revision or "main"
         self.label = f"{repo_id}@{revision}" if revision else repo_id
         self._known: dict[str, HfFileMetadata | None] = {}
@@ -86,11 +95,11 @@ class RemoteFiles:
             return self.revision
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
-        with self._explaining(_CONFIG):
+        with self._explaining(self._first):
             try:
                 # By the revision's own name, so that the cache notes which commit it stands for:
                 # what a later run without network goes by.
-                return self._download(_CONFIG, self.revision).parent.name
+                return self._download(self._first, self.revision).parent.name
             except RemoteEntryNotFoundError as error:
                 return str(error.response.headers["X-Repo-Commit"])
 
@@ -130,13 +139,13 @@ class RemoteFiles:
 
         Where it cannot be asked, what is not in the cache is not there.
         """
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import get_hf_file_metadata
         from huggingface_hub.errors import EntryNotFoundError
 
         if self._unreachable is not None:
             return None
         if name not in self._known:
-            url = hf_hub_url(self.repo_id, name, revision=self.commit)
+            url = self._url(name, self.commit)
             with self._explaining(name):
                 try:
                     self._known[name] = get_hf_file_metadata(url)
@@ -151,7 +160,7 @@ class RemoteFiles:
         One request without retries: `hf_hub_download` alone would insist for half a minute before
         it believed that there is no network.
         """
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import get_hf_file_metadata
         from huggingface_hub.errors import (
             EntryNotFoundError,
             FileMetadataError,
@@ -159,7 +168,7 @@ class RemoteFiles:
         )
 
         try:
-            url = hf_hub_url(self.repo_id, _CONFIG, revision=self.revision)
+            url = self._url(self._first, self.revision)
             if get_hf_file_metadata(url).commit_hash is None:  # say, a sign-in page of the network
                 return FileMetadataError("what answers there is no Hub")
         except (EntryNotFoundError, RevisionNotFoundError):
@@ -173,7 +182,9 @@ class RemoteFiles:
 
         commit = self.commit
         with self._explaining(name):
-            cached = try_to_load_from_cache(self.repo_id, name, revision=commit)
+            cached = try_to_load_from_cache(
+                self.repo_id, name, revision=commit, repo_type=self.repo_type
+            )
         return Path(cached) if isinstance(cached, str) else None
 
     def _download(self, name: str, revision: str) -> Path:
@@ -181,16 +192,27 @@ class RemoteFiles:
 
         cache_only = self._unreachable is not None
         return Path(
-            hf_hub_download(self.repo_id, name, revision=revision, local_files_only=cache_only)
+            hf_hub_download(
+                self.repo_id,
+                name,
+                revision=revision,
+                repo_type=self.repo_type,
+                local_files_only=cache_only,
+            )
         )
+
+    def _url(self, name: str, revision: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repo_id, name, revision=revision, repo_type=self.repo_type)
 
     def _fetch_start(self, name: str, num_bytes: int) -> bytes:
         """The first `num_bytes` of a remote file; fewer where the file is shorter."""
-        from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub import get_session, hf_raise_for_status
         from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # is public
 
-        url = hf_hub_url(self.repo_id, name, revision=self.commit)
+        url = self._url(name, self.commit)
         range_ = {"Range": f"bytes=0-{num_bytes - 1}", "Accept-Encoding": "identity"}
         headers = build_hf_headers(headers=range_)
         start = bytearray()
@@ -340,7 +362,7 @@ def _remains(files: RemoteFiles) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     # The cache's documented layout: models--owner--name/{blobs,refs,snapshots/COMMIT}.
-    folder = Path(HF_HUB_CACHE) / f"models--{files.repo_id.replace('/', '--')}"
+    folder = Path(HF_HUB_CACHE) / f"{files.repo_type}s--{files.repo_id.replace('/', '--')}"
     ref = folder / "refs" / files.revision
     commit = ref.read_text() if ref.is_file() else files.revision
     names = sorted(path.name for path in (folder / "snapshots" / commit).glob("*") if path.exists())

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from portkit.architecture import Architecture
@@ -32,6 +34,16 @@ def find(model_type: str) -> Architecture:
 def registered() -> dict[str, EntryPoint]:
     """Entry points by `model_type`, sorted; none of them imported."""
     return {entry.name: entry for entry in _installed()}
+
+
+def variants() -> dict[str, Path]:
+    """Configs to train from scratch, by name: `variants/NAME.json` in a package with families."""
+    packages = {entry.module.partition(".")[0] for entry in registered().values()}
+    return {
+        path.stem: path
+        for package in sorted(packages)
+        for path in sorted(Path(str(files(package))).glob("variants/*.json"))
+    }
 
 
 @cache

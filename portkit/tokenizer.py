@@ -36,6 +36,7 @@ class Tokenizer:
         self.config = config
         self.special_tokens = _special_tokens(config)
         self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._id_of("eos_token")
 
     @classmethod
     def open(cls, files: Files) -> Tokenizer:
@@ -74,6 +75,24 @@ class Tokenizer:
                 "the text is not valid Unicode, it holds half a surrogate pair or bytes that are "
                 "not UTF-8: give it in UTF-8"
             ) from error
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text without anything added; the library shares them out to its threads.
+
+        Raises TokenizerError where one cannot be encoded.
+        """
+        try:
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception for whatever is wrong
+            raise TokenizerError(
+                f"the tokenizer cannot encode the text: {_one_line(error)}; take another tokenizer"
+            ) from error
+        return [one.ids for one in encoded]
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out, bytes that are no UTF-8 as U+FFFD.

@@ -265,6 +265,20 @@ class WeightMap:
         _refuse(missing, unexpected, _misshapen(wanted, header))
         return Plan(tuple(claims), tied, dropped)
 
+    def written(self, model: nn.Module) -> Plan:
+        """The plan of a model that comes from no checkpoint: for each parameter what is written.
+
+        Parts of a `Fuse` are taken to be of one size.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        ties = self._ties(parameters)
+        header: dict[str, Shape | None] = {}
+        for name, parameter in parameters.items():
+            if name not in ties:
+                rule, bindings = self._claiming(name)
+                header |= dict.fromkeys(rule.sources(bindings, tuple(parameter.shape)))
+        return self.plan(model, header)
+
     def _canonical_names(self, header: Iterable[str]) -> dict[str, str]:
         found: dict[str, str] = {}
         longest_first = sorted(self.prefixes, key=len, reverse=True)

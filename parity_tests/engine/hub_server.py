@@ -38,7 +38,9 @@ def refusal(ask, *arguments):
         return f"{type(error).__name__}: {error}"
 """
 
-_RESOLVE = re.compile(r"/(?P<repo>[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
+_RESOLVE = re.compile(
+    r"/(?P<repo>(?:datasets/)?[^/]+(?:/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<name>.+)"
+)
 _CHUNK_BYTES = 1 << 16
 
 

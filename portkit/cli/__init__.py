@@ -19,7 +19,18 @@ from typing import NoReturn
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from portkit.cli import bench, demo, generate, import_, inspect, list_, load, parity
+from portkit.cli import (
+    bench,
+    demo,
+    generate,
+    import_,
+    inspect,
+    list_,
+    load,
+    parity,
+    plot,
+    train,
+)
 from portkit.errors import PortkitError
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
@@ -50,6 +61,8 @@ for name, verb in {
     "inspect": inspect,
     "parity": parity,
     "generate": generate,
+    "train": train,
+    "plot": plot,
     "import": import_,
     "list": list_,
 }.items():
@@ -61,10 +74,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code. A user's error is one line on stderr."""
     try:
         code = app(args=argv, prog_name="portkit", standalone_mode=False) or 0
-        if code == INTERRUPTED:  # which typer makes of Ctrl-C
+        if code == INTERRUPTED:  # which typer makes of a Ctrl-C in a verb
             _say_error("interrupted", code)
     except Exit as exit_:
         code = exit_.exit_code
+        if code == INTERRUPTED:  # which typer makes of it between them
+            _say_error("interrupted", code)
     except TyperException as error:
         code = _say_error(error.format_message(), 2)
     except PortkitError as error:

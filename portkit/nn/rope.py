@@ -57,8 +57,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Two rounded products and a rounded sum in x's dtype: a fused multiply-add differs in bfloat16.
     """
     cos, sin = cos[:, None], sin[:, None]
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    half = x.shape[-1] // 2
+    # The second half is taken first, as the reference does: the order decides how x's gradient is
+    # laid out in memory, and so the order of the sum behind it, a norm's gradient.
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 def inverse_frequencies(head_dim: int, rope: RopeParameters) -> tuple[Tensor, float]:

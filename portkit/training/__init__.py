@@ -1,0 +1,1 @@
+"""Training from scratch: text to tokens, the loop, step checkpoints, a folder that loads."""
