@@ -99,6 +99,8 @@ def command(
     from portkit.parity.prove import Question, prove
 
     where = resolve_device(device)
+    if where.type == "mps":
+        raise typer.BadParameter("the truth is float64, which mps does not have: --device cpu")
     torch.set_num_threads(threads)
     question = Question(
         repo,

@@ -28,7 +28,6 @@ CARE = torch.bfloat16
 """The dtype in which a missing upcast shows, whatever dtype was asked for."""
 _OPENING = "Once upon a time"
 _CARE_PASSES = {"short", "far"}
-"""Of the default probe: every module, at near and at far positions."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +50,51 @@ class Question:
 def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     """Answer it. `tell` is given a line for each step. Raises a `PortkitError` on bad input."""
     asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
-    comparisons: list[Comparison] = []
-    not_verified: list[NotVerified] = []
-    generation: GenerationParity | None = None
-    notes: tuple[str, ...] = ()
     with _memory_watched():
-        for dtype in dict.fromkeys((asked, CARE)):
-            tell(f"load in {_word(dtype)}")
-            loaded, reference = _load(question, dtype)
-            probe = question.choose_probe(loaded)
-            check_fits(probe, loaded.config.vocab_size, loaded.config.max_position_embeddings)
-            if dtype == asked:
-                notes = (*loaded.report.notes, *reference.notes)
-                not_verified += _not_verified(question, loaded, probe)
-                table = SiteTable(loaded.architecture.sites, question.layers)
-            else:
-                probe = _care_probe(probe)
-            port = PortSide(loaded.model, probe.longest)
-            comparisons.append(_compare(port, reference, table, probe, tell))
-            not_verified += comparisons[-1].not_verified
-            if dtype == asked and question.layers is None:
-                tell("generate")
-                generation = _generate(loaded, reference, probe)
-    return ParityResult(tuple(comparisons), generation, tuple(not_verified), notes)
+        result = _prove_in(question, asked, tell)
+        if asked != CARE:
+            beside = _care(question, tell)
+            result = replace(
+                result,
+                comparisons=(*result.comparisons, beside),
+                not_verified=(*result.not_verified, *beside.not_verified),
+            )
+    return result
+
+
+def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResult:
+    """The answer in the dtype that was asked for."""
+    loaded, reference, probe = _prepare(question, dtype, tell)
+    found = _compare(question, loaded, reference, probe, tell)
+    generation = None
+    if question.layers is None:
+        tell("generate")
+        generation = _generate(loaded, reference, probe)
+    return ParityResult(
+        (found,),
+        generation,
+        (*_not_verified(question, loaded, probe), *found.not_verified),
+        (*loaded.report.notes, *reference.notes),
+    )
+
+
+def _care(question: Question, tell: Tell) -> Comparison:
+    """Again in bfloat16; of a complete probe the passes that run every module, near and far."""
+    loaded, reference, probe = _prepare(question, CARE, tell)
+    if probe.is_complete:
+        passes = tuple(one for one in probe if one.name in _CARE_PASSES)
+        probe = Probe("bfloat16", passes or probe.passes)
+    return _compare(question, loaded, reference, probe, tell)
+
+
+def _prepare(
+    question: Question, dtype: torch.dtype, tell: Tell
+) -> tuple[LoadedModel, Reference, Probe]:
+    tell(f"load in {_word(dtype)}")
+    loaded, reference = _load(question, dtype)
+    probe = question.choose_probe(loaded)
+    check_fits(probe, loaded.config.vocab_size, loaded.config.max_position_embeddings)
+    return loaded, reference, probe
 
 
 def _load(question: Question, dtype: torch.dtype) -> tuple[LoadedModel, Reference]:
@@ -93,18 +114,12 @@ def _load(question: Question, dtype: torch.dtype) -> tuple[LoadedModel, Referenc
 
 
 def _compare(
-    port: PortSide, reference: Reference, table: SiteTable, probe: Probe, tell: Tell
+    question: Question, loaded: LoadedModel, reference: Reference, probe: Probe, tell: Tell
 ) -> Comparison:
-    device = next(port.model.parameters()).device
+    device = next(loaded.model.parameters()).device
     moved = replace(probe, passes=tuple(one.to(device) for one in probe))
-    return compare(port, reference, table, moved, tell)
-
-
-def _care_probe(probe: Probe) -> Probe:
-    """What is run again in bfloat16."""
-    if not probe.is_complete:
-        return probe
-    return Probe("bfloat16", tuple(one for one in probe if one.name in _CARE_PASSES))
+    table = SiteTable(loaded.architecture.sites, question.layers)
+    return compare(PortSide(loaded.model, probe.longest), reference, table, moved, tell)
 
 
 def _generate(loaded: LoadedModel, reference: Reference, probe: Probe) -> GenerationParity:
