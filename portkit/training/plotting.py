@@ -54,4 +54,5 @@ def plot(run: Path, image: Path) -> Path:
 
 def _line(axes: Any, points: Sequence[tuple[int, float]], label: str, color: str) -> None:
     steps, values = zip(*points, strict=True) if points else ((), ())
-    axes.plot(steps, values, color=color, label=label, linewidth=1)
+    alone = "o" if len(points) == 1 else None  # a single point is no line
+    axes.plot(steps, values, color=color, label=label, linewidth=1, marker=alone)
