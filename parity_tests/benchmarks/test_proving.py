@@ -29,14 +29,15 @@ from portkit.parity.reference import load_reference
 from portkit.parity.sites import PortSide, Side
 
 MEMORY_OF_PROVING = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from transformers import AutoModelForCausalLM
 from portkit.parity.prove import Question, prove
 from portkit.parity import compare, truth
 import torch
 
-def peak_bytes():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_bytes():  # getrusage's would begin with the peak of whoever started us
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(1)
 largest = 0
