@@ -96,6 +96,7 @@ def test_the_page_has_every_site_in_its_place(diverged: ParityResult, written: P
     assert shades == {"e": comparison.num_exact, "d": 1}
     carried = sum(bool(each.carried) for each in comparison.accounts.values())
     assert sum("c" in classes for classes, _ in cells) == carried > 10
+    assert sum("q" in classes for classes, _ in cells) == len(cells) - carried - 55  # parameters
     for layer in range(4):
         assert f"model.layers.{layer}" in page.words
     for column in (".self_attn#context", ".mlp.down_proj:in", "output", "#logits", ".weight"):

@@ -34,7 +34,8 @@ _LAYER = re.compile(r"(.*\blayers\.\d+)\b(.*)")
 @dataclass(frozen=True)
 class _Cell:
     shade: str
-    """Classes: `e`, `r` or `d` and a level for the local error, `q` or `c` and one for carried."""
+    """Classes: `e`, `r` or `d` and a level for the local error, `q` or `c` and one for carried.
+    A parameter has the first alone, in either view."""
     said: str
 
 
@@ -134,6 +135,8 @@ def _cell(one: Judgement, account: SiteAccount) -> _Cell:
         said.append(f"floor {summary.figure(one.floor)}")
     if one.passes:
         said.append(f"in {', '.join(one.passes[:3])}{', …' if len(one.passes) > 3 else ''}")
+    if one.site.endswith(_PARAMETER):  # which is not run, so nothing is carried to it
+        return _Cell(local, "; ".join(said))
     if not account.carried:
         return _Cell(f"{local} q", "; ".join(said))
     carried = relative(account.carried_error, account.truth)
