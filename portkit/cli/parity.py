@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import coloured, envelope, plural, table
+from portkit.cli.output import coloured, envelope, plural, print_json, table
 from portkit.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -128,12 +128,13 @@ def command(
     result = prove(question, tell=_tell)
     _tell("")
     passing = gate or (Gate.exact if where.type == "cpu" else Gate.rounding)
-    fields = schema.as_fields(result)
-    printed = envelope("parity", gate=passing, device=where.type, threads=threads, **fields)
+    answered = {"gate": passing, "device": where.type, "threads": threads}
+    fields = {**answered, **schema.as_fields(result)}
     if out is not None:
+        printed = envelope("parity", **fields)
         report.write(out, result, report.Asked(repo, _as_typed(context), printed))
     if json:
-        print(json_.dumps(printed, ensure_ascii=False, allow_nan=False))
+        print_json("parity", **fields)
     else:
         how = f"{result.comparisons[0].dtype} on {where.type}, {attention}"
         print(f"{_coloured(result.verdict)}: {repo} in {how}, {plural(threads, 'thread')}")
