@@ -62,6 +62,10 @@ class ProbeError(PortkitError):
     """A probe that cannot be read, or that a model cannot be asked: no such token or position."""
 
 
+class ReportError(PortkitError):
+    """A report cannot be written where it should go."""
+
+
 class OutOfMemory(PortkitError):
     """The machine's memory does not hold what was asked for; says what asks for less."""
 

@@ -17,9 +17,13 @@ _REPORTED = ("portkit", "torch", "safetensors", "tokenizers", "transformers")
 
 
 def print_json(command: str, **fields: Any) -> None:
-    """Print the one JSON object of a command: `format`, `command`, `versions`, then `fields`."""
-    envelope = {"format": 1, "command": command, "versions": versions()}
-    print(json.dumps({**envelope, **fields}, ensure_ascii=False, allow_nan=False))
+    """Print the one JSON object of a command."""
+    print(json.dumps(envelope(command, **fields), ensure_ascii=False, allow_nan=False))
+
+
+def envelope(command: str, **fields: Any) -> dict[str, Any]:
+    """The object of a command: `format`, `command`, `versions`, then `fields`."""
+    return {"format": 1, "command": command, "versions": versions(), **fields}
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json as json_
 import re
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import coloured, plural, print_json, table
+from portkit.cli.output import coloured, envelope, plural, print_json, table
 from portkit.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -65,10 +66,19 @@ Layers = Annotated[
 Threads = Annotated[
     int, typer.Option("--threads", min=1, help="How many threads compute; bits depend on it.")
 ]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Write report.html, parity.json, junit.xml and summary.md there; those of an earlier "
+        "report are replaced.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of the probe's token ids.")]
 
 
 def command(
+    context: typer.Context,
     repo: options.Repo,
     *,
     revision: options.Revision = None,
@@ -85,6 +95,7 @@ def command(
     threads: Threads = 1,
     seed: Seed = 0,
     ignore_config: options.IgnoreConfig = None,
+    out: Out = None,
     json: options.Json = False,
 ) -> None:
     """Hold every activation of the port against the reference in Transformers."""
@@ -96,11 +107,14 @@ def command(
     import torch
 
     from portkit.loading import resolve_device
+    from portkit.parity import report, schema
     from portkit.parity.prove import Question, prove
 
     where = resolve_device(device)
     if where.type == "mps":
         raise typer.BadParameter("the truth is float64, which mps does not have: --device cpu")
+    if out is not None:
+        report.open_folder(out)
     torch.set_num_threads(threads)
     question = Question(
         repo,
@@ -116,8 +130,13 @@ def command(
     result = prove(question, tell=_tell)
     _tell("")
     passing = gate or (Gate.exact if where.type == "cpu" else Gate.rounding)
+    answered = {"gate": passing, "device": where.type, "threads": threads}
+    fields = {**answered, **schema.as_fields(result)}
+    if out is not None:
+        printed = envelope("parity", **fields)
+        report.write(out, result, report.Asked(repo, _as_typed(context), printed))
     if json:
-        _print_json(result, passing, where.type, threads)
+        print_json("parity", **fields)
     else:
         how = f"{result.comparisons[0].dtype} on {where.type}, {attention}"
         print(f"{_coloured(result.verdict)}: {repo} in {how}, {plural(threads, 'thread')}")
@@ -126,6 +145,22 @@ def command(
         raise typer.Exit(3)
     if result.verdict != "exact" and not (result.verdict == "rounding" == passing):
         raise typer.Exit(1)
+
+
+def _as_typed(context: typer.Context) -> str:
+    """The command with the options that were given, as a shell reads it."""
+    words = ["portkit", "parity", str(context.params["repo"])]
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name == "repo" or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[option.name or ""]
+        if value is True:
+            words.append(option.opts[0])
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            words += [option.opts[0], str(each)]
+    return shlex.join(words)
 
 
 def _range(layers: str) -> range:
@@ -206,9 +241,3 @@ def _print_report(result: ParityResult) -> None:
     for lines in (summary.details(result), summary.caveats(result)):
         if lines:
             print("\n" + "\n".join(lines))
-
-
-def _print_json(result: ParityResult, gate: Gate, device: str, threads: int) -> None:
-    from portkit.parity.schema import as_fields
-
-    print_json("parity", gate=gate, device=device, threads=threads, **as_fields(result))

@@ -19,7 +19,7 @@ _LAYER = re.compile(r"(.*\blayers)\.(\d+)\b")
 Row = tuple[str, str, str, str, str, str]
 HEADINGS: Row = ("where", "sites", "verdict", "local error", "floor", "carried")
 
-_KINDS = {
+KINDS = {
     "function": "it computes another function",
     "care": "the same function, computed with less care than the reference",
     "glue": "the code between modules made it so",
@@ -40,13 +40,19 @@ def headline(result: ParityResult) -> list[str]:
     return [*lines, *_generation(result)]
 
 
+def groups(comparison: Comparison) -> dict[str, list[Judgement]]:
+    """The sites of each layer, and of each part around the layers, in order of execution."""
+    found: dict[str, list[Judgement]] = {}
+    for one in comparison.judgements:
+        found.setdefault(_group(one.site), []).append(one)
+    return found
+
+
 def layer_rows(comparison: Comparison) -> list[Row]:
     """A row for each run of layers that are alike; under one that is not exact, its sites."""
-    groups: dict[str, list[Judgement]] = {}
-    for one in comparison.judgements:
-        groups.setdefault(_group(one.site), []).append(one)
     rows, opened = [], 0
-    for (_, verdict, _), members in groupby(groups.items(), lambda it: _alike(comparison, *it)):
+    alike_ones = groupby(groups(comparison).items(), lambda it: _alike(comparison, *it))
+    for (_, verdict, _), members in alike_ones:
         alike = list(members)
         sites = [one for _, each in alike for one in each]
         rows.append(_row(comparison, _named([name for name, _ in alike]), sites))
@@ -64,7 +70,7 @@ def details(result: ParityResult) -> list[str]:
             continue
         first, others = comparison.culprits[0], len(comparison.culprits) - 1
         lines.append(f"first culprit in {comparison.dtype}: {first.site}")
-        lines.append(f"  {first.kind}: {_KINDS[first.kind or 'function']}{_evidence(first)}")
+        lines.append(f"  {first.kind}: {KINDS[first.kind or 'function']}{evidence(first)}")
         account = comparison.accounts[first.site]
         if account.misshapen:
             lines.append(f"  port {account.misshapen} of the reference")
@@ -181,7 +187,8 @@ def _opened(name: str, members: list[Judgement]) -> list[Row]:
     return rows
 
 
-def _evidence(one: Judgement) -> str:
+def evidence(one: Judgement) -> str:
+    """By how much a site diverged, in brackets; or nothing."""
     if one.function_error is not None and one.function_error > SAME_FUNCTION:
         return f" ({figure(one.function_error)} apart in float64, {SAME_FUNCTION:.0e} is the same)"
     if one.local_error is not None and one.floor:
