@@ -130,11 +130,7 @@ def _values(comparison: Comparison, one: Judgement) -> list[str]:
     if one.passes:
         lines.append(f"passes: {', '.join(one.passes)}")
     for record in account.unequal[:1]:
-        lines += [
-            f"{record.name}, row {each.row}, position {each.position}, {each.place}: "
-            f"port {each.port:.9g}, reference {each.reference:.9g}"
-            for each in record.worst
-        ]
+        lines += [f"{record.name}, {summary.side_by_side(each)}" for each in record.worst]
     return lines
 
 

@@ -134,7 +134,7 @@ def _cell(one: Judgement, account: SiteAccount) -> _Cell:
     if one.floor is not None:
         said.append(f"floor {summary.figure(one.floor)}")
     if one.passes:
-        said.append(f"in {', '.join(one.passes[:3])}{', …' if len(one.passes) > 3 else ''}")
+        said.append(summary.in_passes(one))
     if one.site.endswith(_PARAMETER):  # which is not run, so nothing is carried to it
         return _Cell(local, "; ".join(said))
     if not account.carried:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict
+from portkit.parity.ledger import Worst
 from portkit.parity.result import Comparison, ParityResult, worst
 
 _OPENED_LAYERS, _OPENED_SITES = 3, 4
@@ -79,11 +80,7 @@ def details(result: ParityResult) -> list[str]:
                 f"  {record.name}: {record.num_unequal:,} of {record.num_values:,} values differ; "
                 "the largest differences:"
             )
-            lines += [
-                f"    row {one.row}, position {one.position}, {one.place}: "
-                f"port {one.port:.9g}, reference {one.reference:.9g}"
-                for one in record.worst
-            ]
+            lines += [f"    {side_by_side(one)}" for one in record.worst]
         if others:
             named = ", ".join(one.site for one in comparison.culprits[1:4])
             lines.append(f"  and {others} more: {named}{', …' if others > 3 else ''}")
@@ -101,6 +98,19 @@ def caveats(result: ParityResult) -> list[str]:
 def figure(value: float | None) -> str:
     """`1.2e-3`, or nothing."""
     return "" if value is None else f"{value:.1e}"
+
+
+def side_by_side(one: Worst) -> str:
+    """A value that differs: its place, and what either side has there."""
+    return (
+        f"row {one.row}, position {one.position}, {one.place}: "
+        f"port {one.port:.9g}, reference {one.reference:.9g}"
+    )
+
+
+def in_passes(one: Judgement) -> str:
+    """`in long, chunk.1, padded, …`: the first passes in which a site differs."""
+    return f"in {', '.join(one.passes[:3])}{', …' if len(one.passes) > 3 else ''}"
 
 
 def _generation(result: ParityResult) -> Iterator[str]:
@@ -178,8 +188,8 @@ def _opened(name: str, members: list[Judgement]) -> list[Row]:
     unequal.sort(key=lambda one: one.verdict is not Verdict.diverged)
     rows: list[Row] = []
     for one in unequal[:_OPENED_SITES]:
-        passes = f" in {', '.join(one.passes[:3])}{', …' if len(one.passes) > 3 else ''}"
-        where = f"  {one.site.removeprefix(name).lstrip('.')}{passes if one.passes else ''}"
+        passes = f" {in_passes(one)}" if one.passes else ""
+        where = f"  {one.site.removeprefix(name).lstrip('.')}{passes}"
         said = f"{one.verdict}, {one.kind}" if one.kind else str(one.verdict)
         rows.append((where, "", said, figure(one.local_error), figure(one.floor), ""))
     if len(unequal) > _OPENED_SITES:

@@ -55,7 +55,6 @@ class Truth:
         self.unasked: dict[str, str] = {}
         """Blocks of the port that cannot be run in float64, and why."""
         self._ours, self._theirs = block_modules(port, table), block_modules(reference, table)
-        self._modules = dict(reference.module_sites())
 
     @torch.no_grad()
     def judge(self, recordings: Sequence[Recording]) -> None:
@@ -194,7 +193,7 @@ class Truth:
             return
         account: SiteAccount = self.ledger.site(site)
         held = rows(truth[site], account.dims, one.run)
-        module = self._modules[name]
+        module = self.reference.module_sites()[name]
         query, key, value, mask = (one.trace[f"{name}#{role}"] for role in (*QKV, "mask"))
         for kernel, run in self.reference.kernels().items():
             if kernel != self.reference.attention:
@@ -265,23 +264,12 @@ def _embed(module: nn.Module, input_ids: Tensor) -> Tensor:
     padding_idx = module.padding_idx
     try:
         module.padding_idx = None
-        with rows_in_float64(used, module.weight), _buffers_in_float64(module), casts_lifted():
+        # The rows are float64 by then: what is left to upcast are the buffers.
+        with rows_in_float64(used, module.weight), held_in_float64(module), casts_lifted():
             embedded: Tensor = module(places)
             return embedded
     finally:
         module.padding_idx = padding_idx
-
-
-@contextmanager
-def _buffers_in_float64(module: nn.Module) -> Iterator[None]:
-    before = {one: one.data for one in module.buffers()}
-    try:
-        for one, held in before.items():
-            one.data = held.double() if held.is_floating_point() else held
-        yield
-    finally:
-        for one, held in before.items():
-            one.data = held
 
 
 def _upcast(value: Any) -> Any:
