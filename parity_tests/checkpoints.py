@@ -61,6 +61,29 @@ def _cohere2(**config: Any) -> Tiny:
     return Tiny("Cohere2", {**_SHARED, **heads, **windows, "head_dim": 40, **config})
 
 
+def _gemma3n(**config: Any) -> Tiny:
+    """Twelve layers, of which five share keys; streams, sparse layers, tokens beyond the table."""
+    sizes = {
+        "vocab_size_per_layer_input": 401,
+        "hidden_size": 320,
+        "hidden_size_per_layer_input": 24,
+        "intermediate_size": [64, 96, 128] * 4,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 40,
+        "laurel_rank": 24,
+        "altup_num_inputs": 3,
+    }
+    layers = {
+        "sliding_window": 24,
+        "num_kv_shared_layers": 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 4,
+        "activation_sparsity_pattern": [0.9, 0.0, 0.6] + [0.0] * 9,
+    }
+    return Tiny("Gemma3n", {**_SHARED, **sizes, **layers, **config})
+
+
 TINY: dict[str, Tiny] = {
     "llama3": _llama(rope_scaling=_LLAMA3_ROPE, rope_theta=500000.0, num_hidden_layers=12),
     "llama tied with biases": _llama(
@@ -94,6 +117,19 @@ TINY: dict[str, Tiny] = {
         num_attention_heads=4,
         num_hidden_layers=12,
     ),
+    "gemma3n": _gemma3n(),
+    "gemma3n plain": _gemma3n(
+        num_hidden_layers=4,
+        intermediate_size=96,
+        num_kv_shared_layers=0,
+        num_key_value_heads=4,
+        layer_types=["full_attention", "sliding_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+        altup_num_inputs=2,
+        altup_active_idx=1,
+        altup_correct_scale=False,
+        final_logit_softcapping=3.0,
+    ),
     "cohere2": _cohere2(num_hidden_layers=12),
     "cohere2 with biases": _cohere2(
         attention_bias=True,
@@ -109,7 +145,10 @@ def save_tiny(tiny: Tiny, folder: Path, dtype: torch.dtype, seed: int = 0) -> No
     """Write a checkpoint of random weights as the reference's own `save_pretrained` does."""
     import transformers
 
-    config_class = {"Gemma3": "Gemma3TextConfig"}.get(tiny.family, f"{tiny.family}Config")
+    config_class = {
+        "Gemma3": "Gemma3TextConfig",
+        "Gemma3n": "Gemma3nTextConfig",
+    }.get(tiny.family, f"{tiny.family}Config")
     config = getattr(transformers, config_class)(**tiny.config)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{tiny.family}ForCausalLM")(config)
@@ -142,7 +181,7 @@ def save_tiny_multimodal(folder: Path, dtype: torch.dtype, seed: int = 0) -> Non
 def randomise(model: torch.nn.Module) -> None:
     """Norm weights and biases away from the ones and zeros that hide mistakes."""
     for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
+        if "norm" in name or parameter.dim() == 1:
             parameter.data.normal_(0.4, 0.4)
         else:
             parameter.data.mul_(2.0)
