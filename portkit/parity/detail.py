@@ -69,6 +69,8 @@ def worst_channels(account: SiteAccount) -> list[ChannelError]:
     if truth is None:
         return []
     width = math.ceil(MIN_POOLED / max(1, account.truth.num_rows))
+    floor: Tensor | None = None
+    allowed: Tensor | None = None
     if account.unequal and account.port.per_channel is not None and account.floors:
         error = by_channel(account.port, truth, width)
         floor = floor_by_channel(account, width)
@@ -77,7 +79,6 @@ def worst_channels(account: SiteAccount) -> list[ChannelError]:
         order = (error / allowed).nan_to_num(nan=0.0, posinf=math.inf)
     elif account.function.per_channel is not None:
         error = order = by_channel(account.function, truth, width)
-        floor = allowed = None
     else:
         return []
     return [
