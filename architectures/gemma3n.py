@@ -34,15 +34,15 @@ from torch import Tensor, nn
 from portkit.architecture import Architecture, CausalLM, Site
 from portkit.config import ConfigReader, check_heads
 from portkit.nn.attention import KERNELS, visible_keys
-from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
+from portkit.nn.cache import Cache, FullCache, LayerCache, SharedKeys, SlidingCache
 from portkit.nn.embedding import ScaledEmbedding
-from portkit.nn.mlp import gelu_tanh
+from portkit.nn.mlp import SparseGatedMLP, gelu_tanh
 from portkit.nn.norms import LateCastRMSNorm, WeightlessRMSNorm
-from portkit.nn.rope import RopeParameters, RotaryEmbedding, rotate
+from portkit.nn.rope import RopeParameters, RotaryEmbedding, rotate_by_token
+from portkit.nn.streams import AltUp, Laurel, magnitude_of, scaled_to
 from portkit.weights import Copy, Drop, Tie, WeightMap
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,8 @@ class Gemma3nConfig:
     """The keys of `config.json` that the forward pass depends on."""
 
     vocab_size: int
+    pad_token_id: int
+    """Its rows in both embeddings get no gradient."""
     vocab_size_per_layer_input: int
     """Rows of the per-layer embeddings; a token beyond them has row 0's."""
     hidden_size: int
@@ -92,6 +94,7 @@ def read_config(reader: ConfigReader) -> Gemma3nConfig:
     )
     config = Gemma3nConfig(
         vocab_size=reader.size("vocab_size", 262400),
+        pad_token_id=reader.size("pad_token_id", 0, minimum=0),
         vocab_size_per_layer_input=reader.size("vocab_size_per_layer_input", 262144),
         hidden_size=reader.size("hidden_size"),
         hidden_size_per_layer_input=reader.size("hidden_size_per_layer_input", 256),
@@ -129,6 +132,11 @@ def read_config(reader: ConfigReader) -> Gemma3nConfig:
 
 def check_streams(reader: ConfigReader, config: Gemma3nConfig) -> None:
     """The active stream is one of them, and each layer without keys finds some to share."""
+    if config.pad_token_id >= min(config.vocab_size, config.vocab_size_per_layer_input):
+        raise reader.contradiction(
+            f"pad_token_id {config.pad_token_id} has no row in embeddings of {config.vocab_size} "
+            f"and, by layer, {config.vocab_size_per_layer_input} tokens"
+        )
     if config.altup_active_idx >= config.altup_num_inputs:
         raise reader.contradiction(
             f"altup_active_idx {config.altup_active_idx} is none of the "
@@ -184,104 +192,27 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        tables: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: LayerCache | None,
-        shared: KeyValue | None,
-    ) -> tuple[Tensor, KeyValue]:
-        """Also returns keys and values as they were seen, for the layers that have none."""
-        cos, sin = tables
+        shared: SharedKeys,
+    ) -> Tensor:
+        cos, sin = position_embeddings
         by_head = (*x.shape[:2], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(x).view(by_head)).transpose(1, 2)
-        query = rotate(query, cos, sin)  # (batch, heads, tokens, head_dim)
+        query = self.q_norm(self.q_proj(x).view(by_head))  # (batch, tokens, heads, head_dim)
+        query = rotate_by_token(query, cos, sin).transpose(1, 2)
         if self.has_own_kv:
-            key = self.k_norm(self.k_proj(x).view(by_head)).transpose(1, 2)
+            key = self.k_norm(self.k_proj(x).view(by_head))
+            key = rotate_by_token(key, cos, sin).transpose(1, 2)
             value = self.v_norm(self.v_proj(x).view(by_head)).transpose(1, 2)
-            key = rotate(key, cos, sin)
             if cache is not None:
                 key, value = cache.update(key, value)
+            shared.update(key, value)
         else:
-            assert shared is not None, "a layer before this one has keys"
-            key, value = shared
+            key, value = shared.shown()
         context = self.attend(query, key, value, mask)  # (batch, tokens, heads, head_dim)
-        return self.o_proj(context.flatten(2)), (key, value)
-
-
-class SparseMLP(nn.Module):
-    """A gated feed-forward of which a gate counts by how far it is above a quantile.
-
-    `sparsity` is the quantile, of a normal distribution with the gates' mean and deviation in each
-    token; at 0 all gates count as they are.
-    """
-
-    def __init__(self, hidden_size: int, intermediate_size: int, sparsity: float) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        share = torch.tensor(sparsity, device="cpu")
-        # Of float32, as the reference computes it, and rounded to the dtype where it is used.
-        self.deviations = math.nan if sparsity == 0 else float(torch.erfinv(2 * share - 1) * math.sqrt(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        if not math.isnan(self.deviations):
-            deviations = torch.tensor(self.deviations, dtype=gate.dtype, device=gate.device)
-            spread = torch.std(gate, dim=-1, keepdim=True, unbiased=False)
-            gate = torch.relu(gate - (torch.mean(gate, dim=-1, keepdim=True) + spread * deviations))
-        down: Tensor = self.down_proj(gelu_tanh(gate) * self.up_proj(x))
-        return down
-
-
-class Laurel(nn.Module):
-    """A low-rank branch beside attention, with its own residual sum."""
-
-    def __init__(self, config: Gemma3nConfig) -> None:
-        super().__init__()
-        self.linear_left = nn.Linear(config.hidden_size, config.laurel_rank, bias=False)
-        self.linear_right = nn.Linear(config.laurel_rank, config.hidden_size, bias=False)
-        self.post_laurel_norm = LateCastRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch: Tensor = self.post_laurel_norm(self.linear_right(self.linear_left(x)))
-        return x + branch
-
-
-class AltUp(nn.Module):
-    """Predicts all streams before a layer, and corrects them by what the active one became."""
-
-    router_input_scale: Tensor
-
-    def __init__(self, config: Gemma3nConfig) -> None:
-        super().__init__()
-        size, self.num_streams = config.hidden_size, config.altup_num_inputs
-        self.active = config.altup_active_idx
-        self.correct_output_scale = nn.Parameter(torch.zeros(size))
-        self.correction_coefs = nn.Linear(self.num_streams, self.num_streams, bias=False)
-        self.prediction_coefs = nn.Linear(self.num_streams, self.num_streams**2, bias=False)
-        self.modality_router = nn.Linear(size, self.num_streams, bias=False)
-        self.router_norm = LateCastRMSNorm(size, config.rms_norm_eps)
-        self.register_buffer(
-            "router_input_scale", torch.tensor(size**-1.0, device="cpu"), persistent=False
-        )
-
-    def modalities(self, x: Tensor) -> Tensor:
-        """(batch, tokens, hidden) to (batch, tokens, streams), between -1 and 1."""
-        routed = self.modality_router(self.router_norm(x) * self.router_input_scale)
-        return torch.tanh(routed.float()).to(x.dtype)
-
-    def predict(self, streams: Tensor) -> Tensor:
-        """(streams, batch, tokens, hidden) to the same: each a mixture of all, and itself."""
-        coefs = self.prediction_coefs(self.modalities(streams[self.active]))
-        coefs = coefs.unflatten(-1, (self.num_streams, self.num_streams)).permute(0, 1, 3, 2)
-        mixed = torch.matmul(streams.permute(1, 2, 3, 0), coefs)
-        return mixed.permute(3, 0, 1, 2) + streams
-
-    def correct(self, predictions: Tensor, activated: Tensor) -> Tensor:
-        """Move every stream by the active one's error, each by a factor of its own."""
-        innovation = (activated - predictions[self.active]).repeat(self.num_streams, 1, 1, 1)
-        coefs = self.correction_coefs(self.modalities(activated)) + 1.0
-        return innovation * coefs.permute(2, 0, 1).unsqueeze(-1) + predictions
+        output: Tensor = self.o_proj(context.flatten(2))
+        return output
 
 
 class Layer(nn.Module):
@@ -294,11 +225,11 @@ class Layer(nn.Module):
         )
         self.scales_correction = config.altup_correct_scale
         self.self_attn = Attention(config, kernel, number < config.num_own_kv_layers)
-        self.mlp = SparseMLP(
+        self.mlp = SparseGatedMLP(
             size, config.intermediate_size[number], config.activation_sparsity_pattern[number]
         )
-        self.altup = AltUp(config)
-        self.laurel = Laurel(config)
+        self.altup = AltUp(size, config.altup_num_inputs, config.altup_active_idx, eps)
+        self.laurel = Laurel(size, config.laurel_rank, eps)
         self.input_layernorm = LateCastRMSNorm(size, eps)
         self.post_attention_layernorm = LateCastRMSNorm(size, eps)
         self.pre_feedforward_layernorm = LateCastRMSNorm(size, eps)
@@ -311,16 +242,16 @@ class Layer(nn.Module):
         self,
         streams: Tensor,
         per_layer_input: Tensor,
-        tables: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: LayerCache | None,
-        shared: KeyValue | None,
-    ) -> tuple[Tensor, KeyValue]:
+        shared: SharedKeys,
+    ) -> Tensor:
         predictions = self.altup.predict(streams)
         h = predictions[self.altup.active]
         x = self.input_layernorm(h)
         laurel = self.laurel(x)
-        attended, shown = self.self_attn(x, tables, mask, cache, shared)
+        attended = self.self_attn(x, position_embeddings, mask, cache, shared)
         h = h + self.post_attention_layernorm(attended)
         h = (h + laurel) / math.sqrt(2)
         h = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
@@ -332,7 +263,7 @@ class Layer(nn.Module):
         h = gelu_tanh(self.per_layer_input_gate(h)) * per_layer_input
         h = self.post_per_layer_input_norm(self.per_layer_projection(h))
         # The first stream gets none of it, whichever is the active one.
-        return torch.cat((streams[:1], streams[1:] + h)), shown
+        return torch.cat((streams[:1], streams[1:] + h))
 
 
 class Decoder(nn.Module):
@@ -346,9 +277,9 @@ class Decoder(nn.Module):
         all_layers = config.num_hidden_layers * per_layer
         num_inactive = config.altup_num_inputs - 1
         self.windows = {FULL: None, SLIDING: config.sliding_window}
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, size, size**0.5)
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, size, size**0.5, config.pad_token_id)
         self.embed_tokens_per_layer = ScaledEmbedding(
-            config.vocab_size_per_layer_input, all_layers, per_layer**0.5
+            config.vocab_size_per_layer_input, all_layers, per_layer**0.5, config.pad_token_id
         )
         self.per_layer_model_projection = nn.Linear(size, all_layers, bias=False)
         self.per_layer_projection_norm = LateCastRMSNorm(per_layer, config.rms_norm_eps)
@@ -386,16 +317,16 @@ class Decoder(nn.Module):
             )
         # Only layers with keys of their own have a cache.
         caches: Sequence[LayerCache] = () if cache is None else cache.layers
-        shown: dict[str, KeyValue] = {}
+        shared = {kind: SharedKeys() for kind in tables}
         streams = self.spread(embedded)
         for number, kind in enumerate(self.config.layer_types):
-            streams, shown[kind] = self.layers[number](
+            streams = self.layers[number](
                 streams,
                 per_layer_inputs[:, :, number],
                 tables[kind],
                 masks[kind],
                 caches[number] if number < len(caches) else None,
-                shown.get(kind),
+                shared[kind],
             )
         output: Tensor = self.norm(self.gather(streams))
         return output
@@ -407,33 +338,24 @@ class Decoder(nn.Module):
         looked_up = self.embed_tokens_per_layer(input_ids.where(known, 0)).unflatten(-1, by_layer)
         projected = self.per_layer_model_projection(embedded) * self.per_layer_projection_scale
         projected = self.per_layer_projection_norm(projected.unflatten(-1, by_layer))
-        return (projected + looked_up) * self.per_layer_input_scale
+        inputs: Tensor = (projected + looked_up) * self.per_layer_input_scale
+        return inputs
 
     def spread(self, embedded: Tensor) -> Tensor:
         """The streams that the layers begin with: the embedding, and projections of its size."""
-        others = [
-            _of_the_magnitude(projection(embedded), embedded)
-            for projection in self.altup_projections
-        ]
+        size = magnitude_of(embedded)
+        others = [scaled_to(projection(embedded), size) for projection in self.altup_projections]
         return torch.stack((embedded, *others))
 
     def gather(self, streams: Tensor) -> Tensor:
         """The mean of the streams, the later ones projected back and of the first one's size."""
         first = streams[0]
+        size = magnitude_of(first)
         others = [
-            _of_the_magnitude(projection(stream), first)
-            for projection, stream in zip(
-                self.altup_unembed_projections, streams[1:], strict=True
-            )
+            scaled_to(projection(stream), size)
+            for projection, stream in zip(self.altup_unembed_projections, streams[1:], strict=True)
         ]
         return torch.stack((first, *others)).mean(0)
-
-
-def _of_the_magnitude(x: Tensor, target: Tensor) -> Tensor:
-    """`x`, each token's root mean square made that of `target`."""
-    magnitude = torch.mean(target**2, dim=-1, keepdim=True) ** 0.5
-    own = torch.mean(x**2, dim=-1, keepdim=True).clamp(min=1e-5)
-    return x * magnitude / torch.sqrt(own)
 
 
 class Gemma3n(CausalLM):
@@ -527,42 +449,32 @@ MULTIMODAL_WEIGHTS = WeightMap(
     },
 )
 
+TOKENS = "batch position channel"
 STREAMS = "stream batch position channel"
+IN_LAYER = (
+    "altup.{what=router_norm|modality_router|prediction_coefs|correction_coefs}",
+    f"{{norm={NORMS}}}_layernorm",
+    "laurel.{what=linear_left|linear_right|post_laurel_norm}",
+    "laurel",
+    "self_attn.{proj=q|k|v|o}_proj",
+    "self_attn",
+    "mlp.{proj=gate|up|down}_proj",
+    "mlp",
+    "{what=per_layer_input_gate|per_layer_projection|post_per_layer_input_norm}",
+)
 SITES = (
-    Site("model.embed_tokens", "batch position channel"),
-    Site("model.embed_tokens_per_layer", "batch position channel"),
-    Site("model.per_layer_model_projection", "batch position channel"),
+    Site("model.embed_tokens{which=|_per_layer}", TOKENS),
+    Site("model.per_layer_model_projection", TOKENS),
     Site("model.per_layer_projection_norm", "batch position layer channel"),
-    Site(
-        "model#{table=cos|sin}.{kind=full_attention|sliding_attention}",
-        "batch position channel",
-    ),
-    Site("model.altup_projections.{stream}", "batch position channel"),
-    Site("model.layers.{layer}.altup.router_norm", "batch position channel"),
-    Site("model.layers.{layer}.altup.modality_router", "batch position channel"),
-    Site("model.layers.{layer}.altup.prediction_coefs", "batch position channel"),
-    Site("model.layers.{layer}.input_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.laurel.linear_{side=left|right}", "batch position channel"),
-    Site("model.layers.{layer}.laurel.post_laurel_norm", "batch position channel"),
-    Site("model.layers.{layer}.laurel", "batch position channel"),
-    Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
+    Site("model#{table=cos|sin}.{kind=full_attention|sliding_attention}", TOKENS),
+    Site("model.altup_{way=|unembed_}projections.{stream}", TOKENS),
+    *(Site(f"model.layers.{{layer}}.{name}", TOKENS) for name in IN_LAYER),
     Site("model.layers.{layer}.self_attn.{part=q|k|v}_norm", "batch position head channel"),
     Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
     Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
     Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn.o_proj", "batch position channel"),
-    Site("model.layers.{layer}.self_attn", "batch position channel"),
-    Site("model.layers.{layer}.post_attention_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.pre_feedforward_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.mlp.{proj=gate|up|down}_proj", "batch position channel"),
-    Site("model.layers.{layer}.mlp", "batch position channel"),
-    Site("model.layers.{layer}.post_feedforward_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.altup.correction_coefs", "batch position channel"),
-    Site("model.layers.{layer}.per_layer_{what=input_gate|projection}", "batch position channel"),
-    Site("model.layers.{layer}.post_per_layer_input_norm", "batch position channel"),
     Site("model.layers.{layer}", STREAMS, inputs=STREAMS),
-    Site("model.altup_unembed_projections.{stream}", "batch position channel"),
-    Site("model.norm", "batch position channel"),
+    Site("model.norm", TOKENS),
     Site("lm_head", "batch position vocabulary"),
 )
 

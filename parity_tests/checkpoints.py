@@ -8,11 +8,13 @@ vocabulary. Intermediate sizes stay multiples of 32.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 VOCABULARY = 509
 _SHARED = {
@@ -65,7 +67,7 @@ def _gemma3n(**config: Any) -> Tiny:
     """Twelve layers, of which five share keys; streams, sparse layers, tokens beyond the table."""
     sizes = {
         "vocab_size_per_layer_input": 401,
-        "hidden_size": 320,
+        "hidden_size": 72,
         "hidden_size_per_layer_input": 24,
         "intermediate_size": [64, 96, 128] * 4,
         "num_hidden_layers": 12,
@@ -119,6 +121,7 @@ TINY: dict[str, Tiny] = {
     ),
     "gemma3n": _gemma3n(),
     "gemma3n plain": _gemma3n(
+        hidden_size=320,
         num_hidden_layers=4,
         intermediate_size=96,
         num_kv_shared_layers=0,
@@ -127,7 +130,6 @@ TINY: dict[str, Tiny] = {
         activation_sparsity_pattern=[0.0] * 4,
         altup_num_inputs=2,
         altup_active_idx=1,
-        altup_correct_scale=False,
         final_logit_softcapping=3.0,
     ),
     "cohere2": _cohere2(num_hidden_layers=12),
@@ -176,6 +178,49 @@ def save_tiny_multimodal(folder: Path, dtype: torch.dtype, seed: int = 0) -> Non
     model = transformers.Gemma3ForConditionalGeneration(config)
     randomise(model)
     model.to(dtype).save_pretrained(folder)
+
+
+def save_tiny_with_towers(folder: Path, dtype: torch.dtype) -> None:
+    """A Gemma 3n checkpoint as it is released: towers around the language model, their own config.
+
+    The reference's class for it needs a package that is not installed here, so that the text model
+    is written by the reference and the rest put around it: names, prefixes, keys of shared layers.
+    """
+    tiny = TINY["gemma3n"]
+    save_tiny(tiny, folder, dtype)
+    (written,) = folder.glob("*.safetensors")
+    tensors = load_file(written)
+    released = {
+        f"model.language_model.{name.removeprefix('model.')}": tensor
+        for name, tensor in tensors.items()
+    }
+    for layer in (7, 11):  # of layers that share keys; nobody reads them
+        attention = f"model.language_model.layers.{layer}.self_attn"
+        for part in ("k_proj", "v_proj"):
+            released[f"{attention}.{part}.weight"] = torch.ones(80, 72, dtype=dtype)
+        released[f"{attention}.k_norm.weight"] = torch.ones(40, dtype=dtype)
+    for tower in (
+        "vision_tower.timm_model.x",
+        "audio_tower.conv",
+        "embed_vision.y",
+        "embed_audio.z",
+    ):
+        released[f"model.{tower}.weight"] = torch.ones(3, 5, dtype=dtype)
+    save_file(released, written, metadata={"format": "pt"})
+    text = json.loads((folder / "config.json").read_text())
+    word = text.pop("dtype")
+    config = {
+        "architectures": ["Gemma3nForConditionalGeneration"],
+        "model_type": "gemma3n",
+        "text_config": {**text, "architectures": None},
+        "vision_config": {"model_type": "gemma3n_vision", "architecture": "mobilenetv5_300m_enc"},
+        "audio_config": {"model_type": "gemma3n_audio"},
+        "audio_soft_tokens_per_image": 188,
+        "vision_soft_tokens_per_image": 256,
+        **{f"{kind}_token_id": 300 for kind in ("image", "audio", "boi", "eoi", "boa", "eoa")},
+        "dtype": word,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def randomise(model: torch.nn.Module) -> None:

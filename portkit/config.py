@@ -167,7 +167,9 @@ class ConfigReader:
         """A reader of a list's elements, whose keys are their places."""
         if not isinstance(value, list) or len(value) != length:
             raise self._wrong(key, value, f"a list of {length}, one for each layer")
-        return ConfigReader(dict(zip(map(str, range(length)), value, strict=True)), f"{self.where}, {key}")
+        return ConfigReader(
+            dict(zip(map(str, range(length)), value, strict=True)), f"{self.where}, {key}"
+        )
 
     def pin(self, key: str, *allowed: Any, because: str) -> None:
         """Refuse any value but those under which leaving the key out of the port is right."""

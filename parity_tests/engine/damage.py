@@ -74,6 +74,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SIZES, "rope_scaling": _STRETCHED},
     "qwen3": {"model_type": "qwen3", **_SIZES, "tie_word_embeddings": True},
     "cohere2": {"model_type": "cohere2", **_SIZES, "sliding_window": 8, "attention_bias": True},
+    "gemma3n_text": {
+        "model_type": "gemma3n_text",
+        **_SIZES,
+        "sliding_window": 8,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 29,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+    },
     "gemma3_text": {"model_type": "gemma3_text", **_SIZES, "sliding_window": 8},
     "gemma3": {
         "model_type": "gemma3",

@@ -241,7 +241,11 @@ class _Within:
 
 
 class _TaughtCache:
-    """Stands in for either side's cache: gives back the recorded past, followed by what is new."""
+    """Stands in for either side's cache: gives back the recorded past, followed by what is new.
+
+    Also for where a side keeps what a layer shows to later ones that have no keys of their own: a
+    mapping, or our `SharedKeys`. What such a layer reads is all recorded.
+    """
 
     def __init__(self, block: str, trace: Trace) -> None:
         # Upcast before casts are watched: it is not the model that does it.
@@ -258,6 +262,17 @@ class _TaughtCache:
             torch.cat((self._key[:, :, :past], key), 2),
             torch.cat((self._value[:, :, :past], value), 2),
         )
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        assert self._key is not None, "a layer that shares keys has seen them"
+        assert self._value is not None, "a layer that shares values has seen them"
+        return self._key, self._value
+
+    def __getitem__(self, _: Any) -> tuple[Tensor, Tensor]:
+        return self.shown()
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        """What is shown to later layers is theirs to be given."""
 
 
 def _tables(side: Side, calls: Calls) -> Trace:
