@@ -35,12 +35,18 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
 
     Keys and values reach back over the cache: their tokens are the last of past and new.
     """
-    moved = tensor.movedim(token_dim(dims), 1)
     batch = len(one.input_ids)
+    moved = _by_row(tensor, dims, batch).movedim(token_dim(dims), 1)
     moved = moved.expand(batch, *moved.shape[1:])  # masks and tables may be for all rows one
     if one.attention_mask is None:
         return moved.reshape(moved.shape[0] * moved.shape[1], -1)
     return moved.flatten(2)[one.real_of_last(moved.shape[1])]
+
+
+def _by_row(tensor: Tensor, dims: str, batch: int) -> Tensor:
+    """Experts are given the tokens of all rows in one: (batch x tokens, …) to (batch, tokens, …)."""
+    in_one = tensor.dim() == len(dims.split()) - 1
+    return tensor.unflatten(0, (batch, -1)) if in_one else tensor
 
 
 @dataclass
@@ -187,6 +193,7 @@ def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRec
 def _worst(one: Pass, dims: str, port: Tensor, reference: Tensor, place: int) -> Worst:
     """The value at a place among the values of the real tokens."""
     where = token_dim(dims)
+    port, reference = (_by_row(each, dims, len(one.input_ids)) for each in (port, reference))
     moved = port.movedim(where, 1)
     inner, names = moved.shape[2:], [n for i, n in enumerate(dims.split()) if i not in (0, where)]
     token, rest = divmod(place, max(1, inner.numel()))
