@@ -183,7 +183,9 @@ class Layer(nn.Module):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config, kernel)
-        self.mlp = SparseMLP(config) if is_sparse else GatedMLP(size, config.intermediate_size, F.silu)
+        self.mlp = (
+            SparseMLP(config) if is_sparse else GatedMLP(size, config.intermediate_size, F.silu)
+        )
         self.input_layernorm = RMSNorm(size, eps)
         self.post_attention_layernorm = RMSNorm(size, eps)
 

@@ -54,11 +54,8 @@ class GatedExperts(nn.Module):
         # An expert that no token chose is not read, but where gradients are wanted: its are zero,
         # and an optimizer must be told so.
         wanted = torch.is_grad_enabled()
-        outputs = [
-            self._run(expert, x)
-            for expert, x in enumerate(hidden_states[order // num_choices].split(counts))
-            if len(x) or wanted
-        ]
+        sent = torch.split(hidden_states[order // num_choices], counts)
+        outputs = [self._run(expert, x) for expert, x in enumerate(sent) if len(x) or wanted]
         weighted = torch.cat(outputs) * weights.flatten()[order, None]
         # One sum over a token's choices, rounded once: adding expert after expert to the output
         # rounds each time, and differs by a hundredth in bfloat16.

@@ -44,9 +44,9 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
 
 
 def _by_row(tensor: Tensor, dims: str, batch: int) -> Tensor:
-    """Experts are given the tokens of all rows in one: (batch x tokens, …) to (batch, tokens, …)."""
+    """Experts see all rows' tokens as one row: (batch x tokens, …) to (batch, tokens, …)."""
     in_one = tensor.dim() == len(dims.split()) - 1
-    return tensor.unflatten(0, (batch, -1)) if in_one else tensor
+    return tensor.reshape(batch, -1, *tensor.shape[1:]) if in_one else tensor
 
 
 @dataclass

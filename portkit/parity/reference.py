@@ -58,7 +58,7 @@ class Reference:
         return self._sites
 
     def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
-        """Routers give (logits, weights, ids); other tuples, as attention's, begin with a result."""
+        """Routers give (logits, weights, ids); attention's tuple begins with its result."""
         if not isinstance(output, tuple):
             return visit(name, output)
         if isinstance(output[-1], Tensor) and not output[-1].is_floating_point():

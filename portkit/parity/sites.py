@@ -212,7 +212,8 @@ def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
     effective = torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, experts, weights)
     seen = visit(router.rpartition(".")[0] + EXPERTS, effective)
     if seen is not effective:
-        weights, experts = seen.topk(experts.shape[-1])
+        most = int((seen != 0).sum(-1).max())
+        weights, experts = seen.topk(max(1, most))
     return Routing(logits, weights, experts)
 
 
