@@ -81,6 +81,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "mlp_only_layers": [0],
     },
+    "cohere2": {"model_type": "cohere2", **_SIZES, "sliding_window": 8, "attention_bias": True},
     "gemma3_text": {"model_type": "gemma3_text", **_SIZES, "sliding_window": 8},
     "gemma3": {
         "model_type": "gemma3",

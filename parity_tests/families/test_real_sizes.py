@@ -1,7 +1,7 @@
 """The same at the sizes that are released: random weights in the shapes of published configs.
 
 Large matrices take other kernels than tiny ones do. Gemma 3 270M is whole; the others have fewer
-layers, and the larger Gemma a narrower window, because a window is not a size of a layer.
+layers, and some a narrower window or a smaller vocabulary, which are no sizes of a layer.
 """
 
 from __future__ import annotations
@@ -51,6 +51,15 @@ RELEASED = {
     # A single layer, and of its 128 experts as many as take a gigabyte in float64.
     "Qwen3 30B-A3B": Released("Qwen__Qwen3-30B-A3B", 1, {"num_experts": 16, "vocab_size": 8191}),
     "Llama 3.2 1B": Released("meta-llama__Llama-3.2-1B-Instruct", 2),
+    "Command R7B": Released(
+        "CohereLabs__c4ai-command-r7b-12-2024.derived",
+        changed={
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 128,
+            "vocab_size": 4093,
+        },
+    ),
 }
 WHOLE_IN_BFLOAT16 = ("Gemma 3 270M", "bfloat16")
 IN_BOTH_DTYPES = [(name, dtype) for name in RELEASED for dtype in ("float32", "bfloat16")]
