@@ -182,7 +182,7 @@ class Ledger:
     def add_tokens(self, name: str, one: Pass, sums: Tensor, like: Tensor) -> None:
         """`token_sums` of one pass, where the site holds a tensor `like` this one."""
         account = self.sites[name]
-        moved = like.movedim(token_dim(account.dims), 1)
+        moved = _by_row(like, account.dims, len(one.input_ids)).movedim(token_dim(account.dims), 1)
         account.inner = tuple(moved.shape[2:])
         account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, moved.shape[1])
 
