@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from parity_tests.conftest import CheckpointMaker
-from parity_tests.harness.faulty import FAULTS
 from portkit.cli import main
 from portkit.errors import ReportError
 from portkit.loading import load
@@ -31,7 +30,7 @@ from portkit.parity.schema import as_fields
 from portkit.parity.sites import PortSide, SiteTable
 
 NASTY = "<script>alert('|`x`')</script>\x00\ud800"
-CULPRIT = FAULTS["kernel scaled"].site
+CULPRIT = "model.layers.3.self_attn#context"
 
 
 class Page(HTMLParser):
@@ -67,7 +66,7 @@ def diverged(tiny_checkpoint: CheckpointMaker) -> ParityResult:
     torch.set_num_threads(1)
     folder = tiny_checkpoint("gemma3 shallow", torch.bfloat16)
     loaded = load(folder)
-    FAULTS["kernel scaled"].plant(loaded.model)
+    loaded.model.model.layers[3].self_attn.attend.scale *= 1.01
     probe = quick_probe(loaded.model)
     table = SiteTable(loaded.architecture.sites)
     reference = load_reference(folder, torch.bfloat16, "sdpa")
