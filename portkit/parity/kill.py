@@ -32,6 +32,8 @@ from portkit.parity.reference import Reference
 from portkit.parity.sites import SiteTable, watching
 
 AS_LOADED = "as loaded"
+_ROWS = 512
+"""Of a parameter that differs, so many rows say by how much."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Fate:
     """values, shape, function or care: which question it failed first."""
     first_site: str | None = None
     first_pass: str | None = None
+    dtype: str | None = None
     margin: float | None = None
     """Relative RMS between the fault and the reference at that site; of masks, the share of values;
     of care, the distance in multiples of what is allowed."""
@@ -140,7 +143,8 @@ class KillMatrix:
             for fault, edited in self._mutants(scene, site, recipe):
                 made = edited.run(scene, site)
                 if made is not None and not torch.equal(made, held):
-                    error = _relative(made.double() - held.double(), held.double())
+                    ours, theirs = (one[:_ROWS].double() for one in (made, held))
+                    error = _relative(ours - theirs, theirs)
                     self._kill(fault, "values", site, AS_LOADED, error)
 
     def _mutants(self, scene: Scene, site: str, recipe: Recipe) -> Iterator[tuple[Fault, Recipe]]:
@@ -222,7 +226,8 @@ class KillMatrix:
                 account.floors["other"].add(squares_of(gap), len(held))
 
     def _kill(self, fault: Fault, by: str, site: str, one: str, margin: float | None) -> None:
-        self._fates[fault.id] = Fate(fault, True, None, by, site, one, margin)
+        dtype = str(self.facts.dtype).removeprefix("torch.")
+        self._fates[fault.id] = Fate(fault, True, None, by, site, one, dtype, margin)
         self._open.remove(fault)
 
     def fates(self) -> tuple[Fate, ...]:

@@ -70,7 +70,8 @@ class Kernel:
             other = self.mask.run(scene, f"{attention}#mask")
             if other is None or other.shape[2:] != seen.shape[2:]:
                 return None
-            seen, form = other, "boolean"
+            if not torch.equal(other.expand_as(seen), seen):
+                seen, form = other, "boolean"
         if self.tiled:
             repeats = query.shape[1] // key.shape[1]
             key, value = (one.repeat(1, repeats, 1, 1) for one in (key, value))
@@ -118,7 +119,13 @@ class Kernel:
         dtype = query.dtype
         if key.shape[1] != query.shape[1]:
             repeats = query.shape[1] // key.shape[1]
-            key, value = (one.repeat_interleave(repeats, 1) for one in (key, value))
+            # Expanded as the reference does: how heads lie in memory decides bits.
+            key, value = (
+                one[:, :, None]
+                .expand(-1, -1, repeats, -1, -1)
+                .reshape(len(one), -1, *one.shape[2:])
+                for one in (key, value)
+            )
         if self.wide_scores:
             query, key = query.float(), key.float()
         scores = torch.matmul(query, key.transpose(2, 3)) * self.scale

@@ -93,10 +93,12 @@ def connections(scene: Scene, site: str) -> Iterator[Copy | Sum]:
     for one in alike[::-1]:
         if not any(torch.equal(scene.trace[one], scene.trace[other]) for other in different):
             different.append(one)
+    # A layer adds to what it was given: what its inner norms are given is not read by its sum.
+    inner = [one for one in different if ":in" not in one or is_layer_input(one)]
+    for three in combinations(inner, 3):
+        yield Sum(three)
     for first, second in combinations(different, 2):
         yield Sum((first, second))
-    for three in combinations(different, 3):
-        yield Sum(three)
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,9 @@ class Parameter:
             return torch.full_like(held, self.constant)
         if self.drawn:
             generator = torch.Generator(held.device).manual_seed(0)
-            drawn = torch.empty(held.shape, device=held.device).normal_(
-                0, 0.02, generator=generator
-            )
-            return drawn.to(held.dtype)
+            drawn = torch.empty(held.shape[-1], device=held.device)
+            drawn.normal_(0, 0.02, generator=generator)
+            return drawn.to(held.dtype).expand(held.shape)  # one row for all: it may be large
         if self.transposed:
             return held.T
         if self.interleaved:
