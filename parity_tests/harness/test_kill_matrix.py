@@ -146,7 +146,7 @@ def test_what_does_not_apply_changes_nothing_in_the_thorough_probe(
     }
 
 
-def _run(reference: Reference, table: SiteTable, probe: object) -> list[torch.Tensor]:
+def _run(reference: Reference, probe: object) -> list[torch.Tensor]:
     caches: dict[str, object] = {}
     return [reference.run(one, caches) for one in probe]  # type: ignore[attr-defined]
 
@@ -157,7 +157,7 @@ def test_mutants_leave_the_reference_as_it_was_and_run_none_of_it_again(
     folder = tiny_checkpoint("gemma3 shallow", torch.bfloat16)
     loaded, reference = load(folder), load_reference(folder, torch.bfloat16)
     table, probe = SiteTable(loaded.architecture.sites), default_probe(loaded.model)
-    before = _run(reference, table, probe)
+    before = _run(reference, probe)
     parameters = {k: v.clone() for k, v in reference.model.named_parameters()}
     calls: dict[str, int] = {}
     handles = [
@@ -171,7 +171,7 @@ def test_mutants_leave_the_reference_as_it_was_and_run_none_of_it_again(
     for handle in handles:
         handle.remove()
     assert set(calls.values()) == {len(probe)}  # the matrix costs no forward of its own
-    after = _run(reference, table, probe)
+    after = _run(reference, probe)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(torch.equal(v, parameters[k]) for k, v in reference.model.named_parameters())
 
