@@ -144,6 +144,8 @@ class _Comparing:
             logits = self.reference.run(one, self._reference_caches)
         if self._compares_logits:
             trace[LOGITS] = logits
+        for name in trace:  # in the reference's order, also what the port turns out not to have
+            self.ledger.site(name)
         del logits
         if self.matrix is not None:
             self.matrix.see(one, trace)
