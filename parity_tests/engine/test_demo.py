@@ -148,8 +148,8 @@ def test_the_object_says_the_same(
     assert printed["text"].startswith(STORY)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_a_fault_that_is_not_found_is_no_success(
-    quickly: list[tuple[str, str]],
     found: Found,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
