@@ -22,6 +22,7 @@ from typer.exceptions import Abort, Exit, TyperException
 from portkit.cli import (
     bench,
     demo,
+    diff,
     generate,
     import_,
     inspect,
@@ -29,6 +30,7 @@ from portkit.cli import (
     load,
     parity,
     plot,
+    record,
     train,
 )
 from portkit.errors import PortkitError
@@ -60,6 +62,8 @@ for name, verb in {
     "load": load,
     "inspect": inspect,
     "parity": parity,
+    "record": record,
+    "diff": diff,
     "generate": generate,
     "train": train,
     "plot": plot,

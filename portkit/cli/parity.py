@@ -99,10 +99,8 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Hold every activation of the port against the reference in Transformers."""
-    if sum((prompt is not None, tokens is not None, quick, thorough)) > 1:
-        raise typer.BadParameter("--prompt, --tokens, --quick and --thorough: choose one")
-    kept = None if layers is None else _range(layers)
-    choose = _choice(prompt, tokens, quick, thorough, seed)
+    choose = probe_choice(prompt, tokens, quick, thorough, seed)
+    kept = None if layers is None else layer_range(layers)
 
     import torch
 
@@ -127,8 +125,8 @@ def command(
         ignore_config=tuple(ignore_config or ()),
         choose_probe=choose,
     )
-    result = prove(question, tell=_tell)
-    _tell("")
+    result = prove(question, tell=tell)
+    tell("")
     passing = gate or (Gate.exact if where.type == "cpu" else Gate.rounding)
     answered = {"gate": passing, "device": where.type, "threads": threads}
     fields = {**answered, **schema.as_fields(result)}
@@ -139,11 +137,16 @@ def command(
         print_json("parity", **fields)
     else:
         how = f"{result.comparisons[0].dtype} on {where.type}, {attention}"
-        print(f"{_coloured(result.verdict)}: {repo} in {how}, {plural(threads, 'thread')}")
-        _print_report(result)
-    if result.verdict == "inconclusive":
+        print(f"{coloured_verdict(result.verdict)}: {repo} in {how}, {plural(threads, 'thread')}")
+        print_report(result)
+    exit_by(result.verdict, passing)
+
+
+def exit_by(verdict: str, gate: Gate) -> None:
+    """Leave with the code of a verdict: inconclusive, or not what the gate lets through."""
+    if verdict == "inconclusive":
         raise typer.Exit(3)
-    if result.verdict != "exact" and not (result.verdict == "rounding" == passing):
+    if verdict != "exact" and not (verdict == "rounding" == gate):
         raise typer.Exit(1)
 
 
@@ -163,17 +166,20 @@ def _as_typed(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def _range(layers: str) -> range:
+def layer_range(layers: str) -> range:
+    """`4-7`, or `4`, as a range."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", layers)
     if found is None or int(found[2] or found[1]) < int(found[1]):
         raise typer.BadParameter(f"--layers {layers}: give a range as 4-7, or one layer as 4")
     return range(int(found[1]), int(found[2] or found[1]) + 1)
 
 
-def _choice(
+def probe_choice(
     prompt: str | None, tokens: Path | None, quick: bool, thorough: bool, seed: int
 ) -> Callable[[LoadedModel], Probe]:
     """How the probe is chosen once the model is known; a file is read at once."""
+    if sum((prompt is not None, tokens is not None, quick, thorough)) > 1:
+        raise typer.BadParameter("--prompt, --tokens, --quick and --thorough: choose one")
     saved = None if tokens is None else _read_tokens(tokens)
 
     def choose(loaded: LoadedModel) -> Probe:
@@ -220,17 +226,20 @@ def _read_tokens(file: Path) -> list[int] | dict[str, object]:
     )
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """Show what is being done, where a person looks on."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
-def _coloured(verdict: str) -> str:
+def coloured_verdict(verdict: str) -> str:
+    """The word in its colour, where a person looks on."""
     colours = {"exact": "green", "rounding": "green", "inconclusive": "yellow", "diverged": "red"}
     return coloured(verdict, colours[verdict])
 
 
-def _print_report(result: ParityResult) -> None:
+def print_report(result: ParityResult) -> None:
+    """What stands below the verdict: counts, layers, the first culprit, what was not seen."""
     from portkit.parity import summary
 
     for line in summary.headline(result):

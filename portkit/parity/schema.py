@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from portkit.parity.judge import Judgement
+from portkit.parity.judge import Judgement, relative
 from portkit.parity.probe import as_json
 from portkit.parity.result import Comparison, ParityResult
 
@@ -58,6 +58,7 @@ def _culprit(comparison: Comparison, one: Judgement) -> dict[str, Any]:
         "kind": one.kind,
         "local_error": _finite(one.local_error),
         "floor": _finite(one.floor),
+        "carried_error": _finite(relative(account.carried_error, account.truth)),
         "function_error": _finite(one.function_error),
         "misshapen": account.misshapen,
         "worst": worst[:6],
