@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parity_tests.conftest import CheckpointMaker
-from parity_tests.harness.faulty import FAULTS
+from parity_tests.faults.planted.planting import replace_forward
 from portkit import loading
 from portkit.cli import main
 from portkit.parity.sites import SiteTable
@@ -216,37 +216,53 @@ def test_the_port_is_exact_and_another_kernel_is_rounding(
     assert run("diff", reference, other, "--gate", "exact")[0] == 1
 
 
-@pytest.mark.parametrize("name", ["query norm scaled", "lost residual"])
+def _query_scaled(model: Any) -> str:
+    norm = model.model.layers[3].self_attn.q_norm
+    replace_forward(norm, lambda own, x: own(x) * 1.01)
+    return "model.layers.3.self_attn.q_norm"
+
+
+def _residual_lost(model: Any) -> str:
+    """The input of the norm is not recorded: what is made of it differs first."""
+    layer = model.model.layers[3]
+
+    def forward(_: Any, h: Tensor, *args: Any) -> Tensor:
+        h = layer.post_attention_layernorm(layer.self_attn(layer.input_layernorm(h), *args))
+        return h + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(h)))
+
+    replace_forward(layer, forward)
+    return "model.layers.3.pre_feedforward_layernorm"
+
+
+@pytest.mark.parametrize("plant", [_query_scaled, _residual_lost])
 def test_a_fault_is_placed_where_nothing_was_carried_yet(
-    name: str,
+    plant: Callable[[Any], str],
     recorded: Recorder,
     tiny_checkpoint: CheckpointMaker,
     tmp_path: Path,
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own = loading.materialize
+    own, sites = loading.materialize, []
 
     def planted(*args: Any) -> Any:
         loaded = own(*args)
-        FAULTS[name].plant(loaded.model)
+        sites.append(plant(loaded.model))
         return loaded
 
     monkeypatch.setattr("portkit.parity.recording.materialize", planted)
     folder = tiny_checkpoint("gemma3 shallow", torch.bfloat16)
-    faulty = tmp_path / "faulty"
-    assert run("record", folder, "--engine", "portkit", "--no-floors", "-o", faulty)[0] == 0
-    code, out, _ = run("diff", recorded("gemma3 shallow", torch.bfloat16), faulty, "--json")
+    wrong = tmp_path / "wrong"
+    assert run("record", folder, "--engine", "portkit", "--no-floors", "-o", wrong)[0] == 0
+    code, out, _ = run("diff", recorded("gemma3 shallow", torch.bfloat16), wrong, "--json")
     printed = json.loads(out)
     assert (code, printed["verdict"]) == (1, "diverged")
-    first = printed["first"]
-    # An input is not recorded here: what is made of it differs first.
-    assert first["site"] == FAULTS[name].site.removesuffix(":in")
-    assert first["site"] == printed["first_difference"]
+    (first,) = printed["culprits"]
+    assert printed["first"] == first
+    assert first["site"] == printed["first_difference"] == sites[0]
     assert first["carried_error"] > 2.25 * first["floor"]
     assert first["local_error"] is None
-    assert len(printed["culprits"]) == 1
-    code, out, _ = run("diff", recorded("gemma3 shallow", torch.bfloat16), faulty)
+    code, out, _ = run("diff", recorded("gemma3 shallow", torch.bfloat16), wrong)
     assert code == 1
     assert f"the first site that differs is {first['site']}\n" in out
 

@@ -32,6 +32,12 @@ class Gate(StrEnum):
     rounding = "rounding"
 
 
+class Amount(StrEnum):
+    full = "full"
+    sampled = "sampled"
+    off = "off"
+
+
 GateOption = Annotated[
     Gate | None,
     typer.Option(
@@ -74,6 +80,10 @@ Out = Annotated[
         "report are replaced.",
     ),
 ]
+Faults = Annotated[
+    Amount,
+    typer.Option("--faults", help="How many known mistakes to try: would the probe see them?"),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of the probe's token ids.")]
 
 
@@ -95,6 +105,7 @@ def command(
     threads: Threads = 1,
     seed: Seed = 0,
     ignore_config: options.IgnoreConfig = None,
+    faults: Faults = Amount.full,
     out: Out = None,
     json: options.Json = False,
 ) -> None:
@@ -114,6 +125,7 @@ def command(
     if out is not None:
         report.open_folder(out)
     torch.set_num_threads(threads)
+    passing = gate or (Gate.exact if where.type == "cpu" else Gate.rounding)
     question = Question(
         repo,
         revision=revision,
@@ -123,11 +135,12 @@ def command(
         reference_attention=reference_attention,
         layers=kept,
         ignore_config=tuple(ignore_config or ()),
+        gate=passing,
+        faults=faults,
         choose_probe=choose,
     )
     result = prove(question, tell=tell)
     tell("")
-    passing = gate or (Gate.exact if where.type == "cpu" else Gate.rounding)
     answered = {"gate": passing, "device": where.type, "threads": threads}
     fields = {**answered, **schema.as_fields(result)}
     if out is not None:
