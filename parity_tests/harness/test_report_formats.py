@@ -127,6 +127,23 @@ def test_the_command_follows_it(
     assert printed["verdict"] == "exact"
 
 
+def test_the_difference_of_two_traces_follows_it(
+    tiny_checkpoint: CheckpointMaker,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    strict: Draft202012Validator,
+) -> None:
+    folder, trace = str(tiny_checkpoint("qwen3 yarn tempered")), str(tmp_path / "trace")
+    with pytest.raises(SystemExit):
+        main(["record", folder, "--quick", "--no-floors", "-o", trace])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["diff", trace, trace, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert [one.message for one in strict.iter_errors(printed)] == []
+    assert (printed["command"], printed["verdict"]) == ("diff", "exact")
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

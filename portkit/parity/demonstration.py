@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,8 +77,7 @@ def find_planted(folder: Path, prompt: Iterable[int]) -> Found:
 
 def plant(model: CausalLM) -> None:
     """Give one norm another epsilon."""
-    norm = model.get_submodule(SITE)
-    assert isinstance(norm.eps, float), "a norm has an epsilon"
+    norm: Any = model.get_submodule(SITE)
     assert norm.eps != EPSILON, "the mistake is no mistake here"
     norm.eps = EPSILON
 
