@@ -62,6 +62,14 @@ class ProbeError(PortkitError):
     """A probe that cannot be read, or that a model cannot be asked: no such token or position."""
 
 
+class SiteError(PortkitError):
+    """A site that is named and that is none, or a table of site pairs that cannot be read."""
+
+
+class PortError(PortkitError):
+    """A foreign port or reference that cannot be made, or does not do what it is to do."""
+
+
 class ReportError(PortkitError):
     """A report cannot be written where it should go."""
 

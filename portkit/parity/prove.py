@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 
 from portkit.errors import OutOfMemory, PortkitError
-from portkit.loading import LoadedModel, draw, materialize, open_checkpoint, resolve_dtype
-from portkit.parity.compare import Tell, compare
-from portkit.parity.generation import NUM_TOKENS, GenerationParity, compare_generation
+from portkit.loading import Blueprint, draw, open_checkpoint, resolve_device, resolve_dtype
+from portkit.parity.comparing import Tell, compare
+from portkit.parity.generation import NUM_TOKENS, compare_generation
+from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Probe, check_fits
 from portkit.parity.probing import default_probe, unexercised
-from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides import Given, Sides, make_sides
+from portkit.parity.sites import CannotRun, SiteTable
 from portkit.tokenizer import Tokenizer
 
 CARE = torch.bfloat16
@@ -44,7 +45,25 @@ class Question:
     layers: range | None = None
     """The layers to hold against the truth; None: all, and what is around them."""
     ignore_config: tuple[str, ...] = ()
-    choose_probe: Callable[[LoadedModel], Probe] = lambda loaded: default_probe(loaded.model)
+    choose_probe: Callable[[Blueprint], Probe] = lambda drawn: default_probe(drawn.skeleton)
+    port: Given = None
+    reference: Given = None
+    sites: str | None = None
+    """A table of site pairs, for the port, or for the reference where that alone is foreign."""
+    is_made: bool = False
+    """The foreign side is made already, in one dtype: it cannot be had in another."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a comparison in one dtype is made of."""
+
+    blueprint: Blueprint
+    sides: Sides
+    probe: Probe
+    prompt: list[int]
+    num_tokens: int
+    """To generate after the prompt."""
 
 
 def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
@@ -52,52 +71,70 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
     with _memory_watched():
         result = _prove_in(question, asked, tell)
-        if asked != CARE:
+        if asked != CARE and question.is_made:
+            unseen = NotVerified("care in bfloat16", f"the model was given in {_word(asked)}")
+            result = replace(result, not_verified=(*result.not_verified, unseen))
+        elif asked != CARE:
             beside = _care(question, tell)
+            known = {one.name for one in result.not_verified}
+            further = (one for one in beside.not_verified if one.name not in known)
             result = replace(
                 result,
                 comparisons=(*result.comparisons, beside),
-                not_verified=(*result.not_verified, *beside.not_verified),
+                not_verified=(*result.not_verified, *further),
             )
     return result
 
 
 def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResult:
     """The answer in the dtype that was asked for."""
-    loaded, reference, probe = _prepare(question, dtype, tell)
-    found = _compare(question, loaded, reference, probe, tell)
-    generation = None
+    prepared = _prepare(question, dtype, tell)
+    found = _compare(question, prepared, tell)
+    generation, unheard = None, []
     if question.layers is None:
         tell("generate")
-        generation = _generate(loaded, reference, probe)
+        try:
+            generation = compare_generation(
+                prepared.sides.port,
+                prepared.sides.reference,
+                prepared.prompt,
+                prepared.num_tokens,
+            )
+        except CannotRun as reason:
+            unheard.append(NotVerified("generation", str(reason)))
     return ParityResult(
         (found,),
         generation,
-        (*_not_verified(question, loaded, probe), *found.not_verified),
-        (*loaded.report.notes, *reference.notes),
+        (*_not_verified(question, prepared), *found.not_verified, *unheard),
+        (*prepared.sides.notes(), *found.notes),
     )
 
 
 def _care(question: Question, tell: Tell) -> Comparison:
     """Again in bfloat16; of a complete probe the passes that run every module, near and far."""
-    loaded, reference, probe = _prepare(question, CARE, tell)
+    prepared = _prepare(question, CARE, tell)
+    probe = prepared.probe
     if probe.is_complete:
         passes = tuple(one for one in probe if one.name in _CARE_PASSES)
-        probe = Probe("bfloat16", passes or probe.passes)
-    return _compare(question, loaded, reference, probe, tell)
+        prepared = replace(prepared, probe=Probe("bfloat16", passes or probe.passes))
+    return _compare(question, prepared, tell)
 
 
-def _prepare(
-    question: Question, dtype: torch.dtype, tell: Tell
-) -> tuple[LoadedModel, Reference, Probe]:
+def _prepare(question: Question, dtype: torch.dtype, tell: Tell) -> _Prepared:
     tell(f"load in {_word(dtype)}")
-    loaded, reference = _load(question, dtype)
-    probe = question.choose_probe(loaded)
-    check_fits(probe, loaded.config.vocab_size, loaded.config.max_position_embeddings)
-    return loaded, reference, probe
+    blueprint = _draw(question)
+    probe = question.choose_probe(blueprint)
+    config = blueprint.config
+    check_fits(probe, config.vocab_size, config.max_position_embeddings)
+    prompt, num_tokens = _prompt(blueprint, probe)
+    length = max(probe.longest, len(prompt) + num_tokens)
+    sides = make_sides(question, blueprint, dtype, length)
+    if not sides.are_ours:  # whoever reads the head of all tokens makes other matrices of it
+        probe = replace(probe, passes=tuple(replace(one, num_logits=None) for one in probe))
+    return _Prepared(blueprint, sides, probe, prompt, num_tokens)
 
 
-def _load(question: Question, dtype: torch.dtype) -> tuple[LoadedModel, Reference]:
+def _draw(question: Question) -> Blueprint:
     checkpoint = open_checkpoint(question.repo, question.revision)
     blueprint = draw(checkpoint, question.attention, question.ignore_config)
     num_layers = blueprint.config.num_hidden_layers
@@ -106,40 +143,36 @@ def _load(question: Question, dtype: torch.dtype) -> tuple[LoadedModel, Referenc
             f"--layers {question.layers.start}-{question.layers.stop - 1}: the model has "
             f"{num_layers} layers, 0 to {num_layers - 1}"
         )
-    loaded = materialize(blueprint, _word(dtype), question.device)
-    # What was just read lies in one folder, a repository's in the Hub's cache.
-    folder = loaded.files.path("config.json").parent
-    attention = question.reference_attention or question.attention
-    return loaded, load_reference(folder, dtype, attention, question.device)
+    return blueprint
 
 
-def _compare(
-    question: Question, loaded: LoadedModel, reference: Reference, probe: Probe, tell: Tell
-) -> Comparison:
-    device = next(loaded.model.parameters()).device
+def _compare(question: Question, prepared: _Prepared, tell: Tell) -> Comparison:
+    device = resolve_device(question.device)
+    probe = prepared.probe
     moved = replace(probe, passes=tuple(one.to(device) for one in probe))
-    table = SiteTable(loaded.architecture.sites, question.layers)
-    return compare(PortSide(loaded.model, probe.longest), reference, table, moved, tell)
+    table = SiteTable(prepared.blueprint.architecture.sites, question.layers)
+    return compare(prepared.sides.port, prepared.sides.reference, table, moved, tell)
 
 
-def _generate(loaded: LoadedModel, reference: Reference, probe: Probe) -> GenerationParity:
-    """After a prompt of one's own, or after words: random tokens end in repeating one."""
-    context = loaded.config.max_position_embeddings
+def _prompt(blueprint: Blueprint, probe: Probe) -> tuple[list[int], int]:
+    """A prompt of one's own, or words, and how many tokens to generate after it.
+
+    After random tokens a model ends in repeating one.
+    """
+    context = blueprint.config.max_position_embeddings
     first = next(iter(probe))
     prompt = first.input_ids[-1, first.real[-1]].tolist()
     if probe.name != "prompt":
         with suppress(PortkitError):  # a checkpoint need not have a tokenizer
-            words = Tokenizer.open(loaded.files).encode(_OPENING)
-            prompt = words if words and max(words) < loaded.config.vocab_size else prompt
+            words = Tokenizer.open(blueprint.checkpoint.files).encode(_OPENING)
+            prompt = words if words and max(words) < blueprint.config.vocab_size else prompt
     num_tokens = max(1, min(NUM_TOKENS, context // 2))
-    prompt = prompt[: context - num_tokens]
-    port = PortSide(loaded.model, len(prompt) + num_tokens)
-    return compare_generation(port, reference, prompt, num_tokens)
+    return prompt[: context - num_tokens], num_tokens
 
 
-def _not_verified(question: Question, loaded: LoadedModel, probe: Probe) -> Iterator[NotVerified]:
-    yield from unexercised(loaded.model, probe)
-    for key in loaded.blueprint.ignored:
+def _not_verified(question: Question, prepared: _Prepared) -> Iterator[NotVerified]:
+    yield from unexercised(prepared.blueprint.skeleton, prepared.probe)
+    for key in prepared.blueprint.ignored:
         yield NotVerified(f"config: {key}", "not understood, and ignored on request")
     if question.layers is not None:
         named = f"{question.layers.start} to {question.layers.stop - 1}"
@@ -154,11 +187,9 @@ def _memory_watched() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-            "can't allocate memory" not in said
-        ):
+        if not ran_out_of_memory(error):
             raise
+        said = str(error)
         reason = said.splitlines()[0] if said else "no reason given"
         raise OutOfMemory(
             f"memory ran out ({reason:.120}): try --layers 0-3, --quick, or a smaller --dtype"

@@ -33,11 +33,17 @@ _EAGER = "eager_attention_forward"
 class Reference:
     """A checkpoint in the reference implementation, in evaluation mode; a side of a comparison."""
 
+    is_partial = False
+
     def __init__(
         self, model: nn.Module, attention: str = "sdpa", notes: tuple[str, ...] = ()
     ) -> None:
         self.model, self.attention, self.notes = model, attention, notes
         self._sites = _text_modules(model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
@@ -88,15 +94,16 @@ class Reference:
     def other_kernel(self) -> Iterator[None]:
         """Run with the attention kernel that was not asked for: rounding of another kind."""
         model: Any = self.model
-        other = "eager" if self.attention == "sdpa" else "sdpa"
-        model.set_attn_implementation(other)
+        asked = self.attention
+        self.attention = "eager" if asked == "sdpa" else "sdpa"
+        model.set_attn_implementation(self.attention)
         try:
             yield
         finally:
-            model.set_attn_implementation(self.attention)
+            self.attention = asked
+            model.set_attn_implementation(asked)
 
     def kernels(self) -> dict[str, Callable[..., Any]]:
-        """The reference's own attention kernels: (module, query, key, value, mask, …) each."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         attention = next(m for n, m in self.module_sites().items() if n.endswith(".self_attn"))
@@ -156,12 +163,6 @@ def _text_modules(model: nn.Module) -> dict[str, nn.Module]:
         if n.startswith(_TEXT_PREFIX)
     }
     return {**text, "lm_head": modules["lm_head"]}
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as the eager kernel wants it: zero where visible, else the dtype's lowest."""
-    lowest = torch.finfo(dtype).min
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, lowest)
 
 
 def is_available() -> bool:

@@ -36,6 +36,7 @@ class Comparison:
     judgements: tuple[Judgement, ...]
     accounts: dict[str, SiteAccount]
     not_verified: tuple[NotVerified, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
