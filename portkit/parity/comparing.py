@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from portkit.errors import PortError
 from portkit.parity.judge import judge
+from portkit.parity.kill import KillMatrix
 from portkit.parity.ledger import (
     LOGITS,
     Ledger,
@@ -50,9 +51,14 @@ def compare(
     table: SiteTable,
     probe: Probe,
     tell: Tell = lambda _: None,
+    matrix: KillMatrix | None = None,
 ) -> Comparison:
-    """Run `probe` on both sides and judge every site. `tell` is given a line for each step."""
+    """Run `probe` on both sides and judge every site. `tell` is given a line for each step.
+
+    `matrix` is shown what the reference had, and tells what became of its faults.
+    """
     comparing = _Comparing(port, reference, table, probe)
+    comparing.matrix = matrix
     comparing.parameters()
     for group in _groups(probe):
         for one in group:
@@ -69,6 +75,7 @@ def compare(
         tuple(map(judge, sites.values())),
         sites,
         tuple(comparing.not_verified()),
+        () if matrix is None else matrix.fates(),
         (*comparing.truth.notes, *comparing.unseen.widened),
     )
 
@@ -98,12 +105,15 @@ class _Comparing:
     def __init__(self, port: Side, reference: Side, table: SiteTable, probe: Probe) -> None:
         self.port, self.reference, self.table = port, reference, table
         self.probe = probe
-        composite = (n for n, m in port.module_sites().items() if any(True for _ in m.children()))
+        composite = {
+            name.rpartition(".")[0] for name in port.module_sites() if table.dims(name) is not None
+        }
         self.ledger = Ledger(table, composite)
         self.is_partial = port.is_partial or reference.is_partial
         truth = WholeTruth if self.is_partial else Truth
         self.truth = truth(port, reference, table, self.ledger)
         self.unseen = Unseen()
+        self.matrix: KillMatrix | None = None
         self._recordings: list[Recording] = []
         self._compares_logits = table.dims("lm_head") is not None
         self._reference_caches: dict[str, Any] = {}
@@ -116,10 +126,11 @@ class _Comparing:
     @torch.no_grad()
     def parameters(self) -> None:
         """Both sides read the same file, each by its own map: what they hold is compared first."""
-        theirs = parameters_of(self.reference)
-        for name, ours in parameters_of(self.port).items():
-            if self.table.dims(name.rpartition(".")[0]) is None:
-                continue
+        declared = {
+            name: one for name, one in parameters_of(self.port).items() if self._observes(name)
+        }
+        theirs = self.reference.parameters(declared)
+        for name, ours in declared.items():
             held = theirs.get(name)
             if self.is_partial:
                 if held is not None and ours.shape == held.shape and bool((ours == held).all()):
@@ -132,7 +143,14 @@ class _Comparing:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
             elif not torch.equal(ours, held):
                 account.unequal.append(difference_as_loaded(account, ours, held))
-        self.unseen.parameters = len(self.ledger.sites), len(theirs)
+        self.unseen.parameters = len(self.ledger.sites), len(parameters_of(self.reference))
+
+    def _observes(self, parameter: str) -> bool:
+        """Whether a parameter's module is declared, or of a list of them the module that has it."""
+        module = parameter.rpartition(".")[0]
+        if isinstance(self.port.module_sites()[module], nn.ParameterList):
+            module = module.rpartition(".")[0]
+        return self.table.dims(module) is not None
 
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""
@@ -156,7 +174,11 @@ class _Comparing:
             trace[LOGITS] = logits
         for name in trace:  # in the reference's order, also what the port turns out not to have
             self.ledger.site(name)
+        for name in () if self.is_partial else trace:
+            self.ledger.site(name)  # in the reference's order, also what the port has not
         del logits
+        if self.matrix is not None:
+            self.matrix.see(one, trace)
         recording = Recording(one, trace, calls, Calls())
         try:
             self._run_freely(recording)

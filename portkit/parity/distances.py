@@ -12,6 +12,8 @@ from torch import Tensor
 
 from portkit.parity.ledger import Ledger, rows, squares_of
 from portkit.parity.local import Recording
+from portkit.parity.routing import compared_tokens, logits_before
+from portkit.parity.sites import EXPERTS
 from portkit.parity.spread import token_sums
 
 
@@ -24,6 +26,9 @@ class Distances:
     def hold(self, one: Recording, name: str, truth: Tensor, channels: slice | None = None) -> None:
         """Add a site's truth, and how far both sides are from it in the dtype under test."""
         if name not in one.seen or not truth.is_floating_point():
+            return
+        if name.endswith(EXPERTS):
+            self._hold_choice(one, name, truth)
             return
         account, whole = self.ledger.site(name), one.trace[name]
         held = rows(truth, account.dims, one.run)
@@ -44,6 +49,27 @@ class Distances:
             sums = token_sums(ours, own, held)
             before = one.by_token.get(name)
             one.by_token[name] = sums if before is None else before + sums
+
+    def _hold_choice(self, one: Recording, name: str, truth: Tensor) -> None:
+        """The same for a router's choice, of the tokens whose weights can be compared."""
+        account = self.ledger.site(name)
+
+        def of(tensor: Tensor) -> Tensor:
+            return rows(tensor, account.dims, one.run).double()
+
+        recorded, by = one.trace[name], logits_before(name, one.trace)
+        exact, theirs, ours = map(of, (truth, recorded, one.unequal.get(name, recorded)))
+        logits = (of(one.unequal[by]), of(one.trace[by])) if by in one.unequal else None
+        floor, port = compared_tokens(exact, theirs, ours, logits)
+        own = (theirs - exact).where(floor[:, None], 0)
+        ours = (ours - exact).where(port[:, None], 0)
+        account.truth.add(squares_of(exact[floor]), int(floor.sum()))
+        account.floors[self.kernel].add(squares_of(own), int(floor.sum()))
+        account.port.add(squares_of(ours), int(port.sum()))
+        if name in one.unequal:
+            account.spread.add(ours)
+            account.floor_spread.add(own)
+            one.by_token[name] = token_sums(ours, own, exact)
 
     def ask(
         self,

@@ -8,7 +8,7 @@ the reference's, and at the points that it records itself. What it is made of is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from portkit.parity.pairs import Paired, SitePairs, near
 from portkit.parity.points import listening
 from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Pass
-from portkit.parity.sites import CannotRun, Roles, SiteTable, Visit
+from portkit.parity.sites import CannotRun, Roles, SiteTable, Visit, parameters_of
 
 ARGUMENTS = ("input_ids", "positions", "attention_mask", "cache")
 
@@ -140,6 +140,18 @@ class ForeignSide:
     def module_sites(self) -> Mapping[str, nn.Module]:
         return {pair.sites[0]: module for module, pair in self._paired if pair.is_plain}
 
+    def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
+        if isinstance(output, tuple):
+            return (visit(name, output[0]), *output[1:])
+        return visit(name, output)
+
+    def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        held = parameters_of(self)
+        return {name: held[name] for name in names if name in held}
+
+    def plain_experts(self) -> Any:
+        return nullcontext()
+
     @contextmanager
     def watch_attention(self, visit: Visit) -> Iterator[None]:
         """The points that the port records, and modules whose output is more than one site's."""
@@ -169,9 +181,9 @@ class ForeignSide:
             self._running.pop()
             if pair.is_plain:
                 return output
-            if isinstance(output, tuple):
-                return (self._parts(pair, output[0], visit), *output[1:])
-            return self._parts(pair, output, visit)
+            return self.visit_output(
+                name, output, lambda _, tensor: self._parts(pair, tensor, visit)
+            )
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(behind)

@@ -17,12 +17,15 @@ from portkit.errors import OutOfMemory, PortkitError
 from portkit.loading import Blueprint, draw, open_checkpoint, resolve_device, resolve_dtype
 from portkit.parity.comparing import Tell, compare
 from portkit.parity.generation import NUM_TOKENS, compare_generation
+from portkit.parity.kill import KillMatrix, kill_matrix
 from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Probe, check_fits
 from portkit.parity.probing import default_probe, unexercised
+from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
 from portkit.parity.sides import Given, Sides, make_sides
 from portkit.parity.sites import CannotRun, SiteTable
+from portkit.parity.teeth import Teeth, chosen, merged
 from portkit.tokenizer import Tokenizer
 
 CARE = torch.bfloat16
@@ -45,6 +48,10 @@ class Question:
     layers: range | None = None
     """The layers to hold against the truth; None: all, and what is around them."""
     ignore_config: tuple[str, ...] = ()
+    gate: str = "exact"
+    """By which the faults of the catalogue are judged."""
+    faults: str = "full"
+    """How many of them are tried: full, sampled or off."""
     choose_probe: Callable[[Blueprint], Probe] = lambda drawn: default_probe(drawn.skeleton)
     port: Given = None
     reference: Given = None
@@ -83,7 +90,35 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
                 comparisons=(*result.comparisons, beside),
                 not_verified=(*result.not_verified, *further),
             )
-    return result
+    fates = [one.fates for one in result.comparisons]
+    if question.faults == "off" or not any(fates):
+        return result
+    found = merged(fates)
+    return replace(result, teeth=found, not_verified=(*result.not_verified, *_uncaught(found)))
+
+
+def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Teeth]:
+    """What the question's probe would have caught, without running the port."""
+    asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
+    fates, probes = [], []
+    with _memory_watched():
+        for dtype in dict.fromkeys((asked, CARE)):
+            prepared = _prepare(question, dtype, tell)
+            reference, probe = prepared.sides.reference, prepared.probe
+            assert isinstance(reference, Reference), "nothing else stands in its place"
+            probe = probe if dtype == asked else _care_probe(probe)
+            table, moved = _table(question, prepared), _moved(question, probe)
+            fates.append(kill_matrix(reference, table, moved, question.gate, tell))
+            probes.append(probe)
+    return probes[0], merged(fates)
+
+
+def _uncaught(found: Teeth) -> Iterator[NotVerified]:
+    """Faults that only a larger probe would show. What it lacks is listed too, and decides."""
+    for one in found.survived:
+        assert one.survived is not None, "it survived"
+        if one.survived.startswith("beyond"):
+            yield NotVerified(f"fault {one.fault.id}", one.survived)
 
 
 def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResult:
@@ -113,11 +148,14 @@ def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResul
 def _care(question: Question, tell: Tell) -> Comparison:
     """Again in bfloat16; of a complete probe the passes that run every module, near and far."""
     prepared = _prepare(question, CARE, tell)
-    probe = prepared.probe
-    if probe.is_complete:
-        passes = tuple(one for one in probe if one.name in _CARE_PASSES)
-        prepared = replace(prepared, probe=Probe("bfloat16", passes or probe.passes))
-    return _compare(question, prepared, tell)
+    return _compare(question, replace(prepared, probe=_care_probe(prepared.probe)), tell)
+
+
+def _care_probe(probe: Probe) -> Probe:
+    if not probe.is_complete:
+        return probe
+    passes = tuple(one for one in probe if one.name in _CARE_PASSES)
+    return Probe("bfloat16", passes or probe.passes)
 
 
 def _prepare(question: Question, dtype: torch.dtype, tell: Tell) -> _Prepared:
@@ -147,11 +185,22 @@ def _draw(question: Question) -> Blueprint:
 
 
 def _compare(question: Question, prepared: _Prepared, tell: Tell) -> Comparison:
+    sides, table = prepared.sides, _table(question, prepared)
+    moved, matrix = _moved(question, prepared.probe), None
+    if isinstance(sides.reference, Reference) and sides.are_ours:
+        faults = chosen(question.faults)
+        if faults:
+            matrix = KillMatrix(sides.reference, table, moved, question.gate, faults)
+    return compare(sides.port, sides.reference, table, moved, tell, matrix)
+
+
+def _moved(question: Question, probe: Probe) -> Probe:
     device = resolve_device(question.device)
-    probe = prepared.probe
-    moved = replace(probe, passes=tuple(one.to(device) for one in probe))
-    table = SiteTable(prepared.blueprint.architecture.sites, question.layers)
-    return compare(prepared.sides.port, prepared.sides.reference, table, moved, tell)
+    return replace(probe, passes=tuple(one.to(device) for one in probe))
+
+
+def _table(question: Question, prepared: _Prepared) -> SiteTable:
+    return SiteTable(prepared.blueprint.architecture.sites, question.layers)
 
 
 def _prompt(blueprint: Blueprint, probe: Probe) -> tuple[list[int], int]:
@@ -174,6 +223,8 @@ def _not_verified(question: Question, prepared: _Prepared) -> Iterator[NotVerifi
     yield from unexercised(prepared.blueprint.skeleton, prepared.probe)
     for key in prepared.blueprint.ignored:
         yield NotVerified(f"config: {key}", "not understood, and ignored on request")
+    if question.faults != "off" and not prepared.sides.are_ours:
+        yield NotVerified("known faults", "they are tried where both sides show every site")
     if question.layers is not None:
         named = f"{question.layers.start} to {question.layers.stop - 1}"
         yield NotVerified(

@@ -50,6 +50,11 @@ class Truth:
             one.trace.pop(LOGITS, None)  # they have no truth of their own; the head has
         for one in recordings:
             self._judge_tables(one)
+        with self.reference.plain_experts():
+            self._judge_blocks(recordings)
+        self.distances.close(recordings)
+
+    def _judge_blocks(self, recordings: Sequence[Recording]) -> None:
         for name, theirs in self._theirs.items():
             ours = self._ours.get(name)
             if isinstance(theirs, nn.Embedding):
@@ -62,7 +67,6 @@ class Truth:
                     for one in recordings:
                         self._judge_block(name, one)
             release_freed_memory()
-        self.distances.close(recordings)
 
     def _judge_tables(self, one: Recording) -> None:
         port = _tables(self.port, one.port_calls)
@@ -164,7 +168,7 @@ class _Within:
             for name, module in side.module_sites().items()
             if name == block or name.startswith(f"{block}.")
         }
-        self.watch_attention = side.watch_attention
+        self.watch_attention, self.visit_output = side.watch_attention, side.visit_output
 
     def module_sites(self) -> Mapping[str, nn.Module]:
         return self._modules

@@ -76,7 +76,7 @@ class WholeTruth:
             return None
         caches = self._caches.setdefault(f"{name} {tables}", {})
         try:
-            with held_in_float64(side.model):
+            with held_in_float64(side.model), side.plain_experts():
                 return [self._run(side, one, caches, tables) for one in recordings]
         except (CannotRun, RuntimeError, TypeError) as error:
             if ran_out_of_memory(error) or (side is self.reference and not side.is_partial):
