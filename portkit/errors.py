@@ -70,6 +70,10 @@ class PortError(PortkitError):
     """A foreign port or reference that cannot be made, or does not do what it is to do."""
 
 
+class TraceError(PortkitError):
+    """A trace file that cannot be read or written, or is of another model or probe."""
+
+
 class ReportError(PortkitError):
     """A report cannot be written where it should go."""
 

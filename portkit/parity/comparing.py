@@ -60,7 +60,7 @@ def compare(
     comparing = _Comparing(port, reference, table, probe)
     comparing.matrix = matrix
     comparing.parameters()
-    for group in _groups(probe):
+    for group in groups(probe):
         for one in group:
             tell(one.name)
             comparing.run(one)
@@ -80,7 +80,7 @@ def compare(
     )
 
 
-def _groups(probe: Probe) -> list[list[Pass]]:
+def groups(probe: Probe) -> list[list[Pass]]:
     """Passes in a row whose recordings together are no larger than the largest pass's.
 
     A layer is upcast once for a group. What a pass records is about so much a token; of the past
@@ -190,6 +190,8 @@ class _Comparing:
         for name in trace if not self.is_partial else ():
             account = self.ledger.site(name)
             account.missing = account.missing or name not in recording.seen
+        if not self.is_partial:
+            trace.pop(LOGITS, None)  # it has no truth of its own; the head has
         self._recordings.append(recording)
 
     def _run_freely(self, recording: Recording) -> None:

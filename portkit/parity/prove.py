@@ -76,7 +76,7 @@ class _Prepared:
 def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     """Answer it. `tell` is given a line for each step. Raises a `PortkitError` on bad input."""
     asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
-    with _memory_watched():
+    with memory_watched():
         result = _prove_in(question, asked, tell)
         if asked != CARE and question.is_made:
             unseen = NotVerified("care in bfloat16", f"the model was given in {_word(asked)}")
@@ -101,7 +101,7 @@ def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Tee
     """What the question's probe would have caught, without running the port."""
     asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
     fates, probes = [], []
-    with _memory_watched():
+    with memory_watched():
         for dtype in dict.fromkeys((asked, CARE)):
             prepared = _prepare(question, dtype, tell)
             reference, probe = prepared.sides.reference, prepared.probe
@@ -175,13 +175,17 @@ def _prepare(question: Question, dtype: torch.dtype, tell: Tell) -> _Prepared:
 def _draw(question: Question) -> Blueprint:
     checkpoint = open_checkpoint(question.repo, question.revision)
     blueprint = draw(checkpoint, question.attention, question.ignore_config)
-    num_layers = blueprint.config.num_hidden_layers
+    check_layers(question, blueprint.config.num_hidden_layers)
+    return blueprint
+
+
+def check_layers(question: Question, num_layers: int) -> None:
+    """Raise `PortkitError` where the model has no such layers."""
     if question.layers is not None and question.layers.stop > num_layers:
         raise PortkitError(
             f"--layers {question.layers.start}-{question.layers.stop - 1}: the model has "
             f"{num_layers} layers, 0 to {num_layers - 1}"
         )
-    return blueprint
 
 
 def _compare(question: Question, prepared: _Prepared, tell: Tell) -> Comparison:
@@ -233,7 +237,7 @@ def _not_verified(question: Question, prepared: _Prepared) -> Iterator[NotVerifi
 
 
 @contextmanager
-def _memory_watched() -> Iterator[None]:
+def memory_watched() -> Iterator[None]:
     """Where memory runs out, say what takes less."""
     try:
         yield

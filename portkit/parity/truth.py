@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from portkit.parity.distances import Distances
-from portkit.parity.ledger import LOGITS, Ledger, SiteAccount, rows, squares_of
+from portkit.parity.ledger import Ledger, SiteAccount, rows, squares_of
 from portkit.parity.local import Call, Calls, Recording, Trace, block_modules, recorder
 from portkit.parity.precision import (
     casts_lifted,
@@ -47,8 +47,6 @@ class Truth:
     def judge(self, recordings: Sequence[Recording]) -> None:
         """Add all sites of these passes; each block is upcast once for all of them."""
         for one in recordings:
-            one.trace.pop(LOGITS, None)  # they have no truth of their own; the head has
-        for one in recordings:
             self._judge_tables(one)
         with self.reference.plain_experts():
             self._judge_blocks(recordings)
@@ -75,11 +73,11 @@ class Truth:
             self.distances.ask(one, name, truth, port.get(name))
 
     def _judge_embedding(self, name: str, one: Recording) -> None:
-        truth = _embed(self._theirs[name], one.reference_calls.blocks[name].args[0])
+        truth = embed_in_float64(self._theirs[name], one.reference_calls.blocks[name].args[0])
         self.distances.hold(one, name, truth)
         if name in one.port_calls.blocks:
             with self._asking(name):
-                port = _embed(self._ours[name], one.port_calls.blocks[name].args[0])
+                port = embed_in_float64(self._ours[name], one.port_calls.blocks[name].args[0])
                 self.distances.ask(one, name, truth, port)
 
     def _judge_block(self, name: str, one: Recording) -> None:
@@ -210,8 +208,13 @@ def _tables(side: Side, calls: Calls) -> Trace:
     return found
 
 
-def _embed(module: nn.Module, input_ids: Tensor) -> Tensor:
-    """An embedding in float64 of the rows that are used: the whole would be gigabytes."""
+def embed_in_float64(
+    module: nn.Module, input_ids: Tensor, run: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """An embedding in float64 of the rows that are used: the whole would be gigabytes.
+
+    `run` runs it where calling the module would be seen.
+    """
     assert isinstance(module, nn.Embedding), "an embedding is one table of rows"
     used, places = torch.unique(input_ids, return_inverse=True)
     padding_idx = module.padding_idx
@@ -219,7 +222,7 @@ def _embed(module: nn.Module, input_ids: Tensor) -> Tensor:
         module.padding_idx = None
         # The rows are float64 by then: what is left to upcast are the buffers.
         with rows_in_float64(used, module.weight), held_in_float64(module), casts_lifted():
-            embedded: Tensor = module(places)
+            embedded: Tensor = (run or module)(places)
             return embedded
     finally:
         module.padding_idx = padding_idx
