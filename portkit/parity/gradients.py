@@ -1,0 +1,254 @@
+"""Gradients: does the port also learn as the reference does?
+
+Equal logits do not say so: a detached branch, or a backward written by hand, has the right output.
+One batch's mean next-token loss is differentiated on both sides; each parameter's gradient, and the
+parameters after one step of AdamW, are held against the reference's. Where they are unequal the
+port is run again, taught: every gradient that arrives at a site is compared and then replaced by
+the reference's, so that a mistake shows where it is made and not in all that lies behind it.
+
+Knows no verdict of its own: an unequal gradient is judged like any site, by its distance from the
+reference's gradient in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from portkit.parity.judge import Judgement, Verdict, judge, relative
+from portkit.parity.ledger import Distance, PassRecord, SiteAccount, squares_of
+from portkit.parity.precision import LiftedCasts, held_in_float64
+from portkit.parity.reference import Reference
+from portkit.parity.result import worst
+from portkit.parity.sites import PortSide, SiteTable, watching
+
+PASS = "backward"
+LEARNING_RATE = 1e-2
+SAME_GRADIENT = 1e-10
+"""Relative RMS in float64 up to which two gradients, carried through a whole network, are of one
+function. Kernels of the reference stay within 1e-13 of each other; a lost branch does not."""
+
+
+Side = PortSide | Reference
+Gradients = dict[str, Tensor | None]
+"""By parameter; None where no gradient arrives."""
+
+
+@dataclass(frozen=True)
+class GradientParity:
+    """The gradients of one batch: of the parameters, and where they part on the way back."""
+
+    dtype: str
+    num_tokens: int
+    judgements: tuple[Judgement, ...]
+    """Of each parameter's gradient, those first that the backward pass reaches first."""
+    accounts: dict[str, SiteAccount]
+    places: tuple[str, ...]
+    """Where the port makes another gradient of the reference's own, in the order of the backward
+    pass: a site, whose consumers are differentiated otherwise, or a parameter."""
+    num_equal_after_step: int
+    """Parameters that are equal in every bit after a step of AdamW from these gradients."""
+
+    @property
+    def verdict(self) -> Verdict:
+        return worst(one.verdict for one in self.judgements)
+
+    @property
+    def num_exact(self) -> int:
+        return sum(one.verdict is Verdict.exact for one in self.judgements)
+
+    @property
+    def culprits(self) -> tuple[Judgement, ...]:
+        """Parameters whose gradient is not the reference's, nearest to the loss first."""
+        return tuple(one for one in self.judgements if one.verdict is Verdict.diverged)
+
+
+def compare_gradients(
+    port: PortSide, reference: Reference, table: SiteTable, input_ids: Tensor
+) -> GradientParity:
+    """Differentiate the mean next-token loss of `input_ids` (batch, tokens), int64, on both sides.
+
+    The loss is taken in float32 on both. Parameters are left as they were.
+    """
+    ours, theirs = _gradients(port, input_ids), _gradients(reference, input_ids)
+    accounts = _accounts(ours, theirs)
+    is_exact = all(one.exact for one in accounts.values())
+    if not is_exact:
+        _hold_against_truth(port, reference, input_ids, accounts, (ours, theirs))
+    return GradientParity(
+        str(next(port.model.parameters()).dtype).removeprefix("torch."),
+        input_ids.numel(),
+        tuple(map(judge, accounts.values())),
+        accounts,
+        () if is_exact else _places(port, reference, table, input_ids),
+        _num_equal_after_step(port, reference, ours, theirs),
+    )
+
+
+def _gradients(side: Side, input_ids: Tensor) -> Gradients:
+    named = dict(side.model.named_parameters())
+    required = {name: one.requires_grad for name, one in named.items()}
+    try:
+        with torch.enable_grad():
+            side.model.requires_grad_(True)
+            logits = side.differentiable_logits(input_ids)[:, :-1].float()
+            loss = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    finally:
+        for name, one in named.items():
+            one.requires_grad_(required[name])
+    return dict(zip(named, found, strict=True))
+
+
+def _accounts(ours: Gradients, theirs: Gradients) -> dict[str, SiteAccount]:
+    """Of each gradient that the reference has, the last parameters in the network first."""
+    accounts = {}
+    for name, expected in reversed(theirs.items()):
+        if expected is None:
+            continue
+        account = SiteAccount(f"{name} (gradient)", "", is_glue=False)
+        found = ours.get(name)
+        if found is None:
+            account.missing = True
+        elif found.shape != expected.shape:
+            account.misshapen = f"{list(found.shape)} against {list(expected.shape)}"
+        elif not torch.equal(found, expected):
+            gap = (found.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
+            num_unequal = int((found != expected).sum())
+            record = PassRecord(PASS, num_unequal, found.numel(), float(gap.max()))
+            account.unequal.append(record)
+        accounts[account.name] = account
+    return accounts
+
+
+def _hold_against_truth(
+    port: PortSide,
+    reference: Reference,
+    input_ids: Tensor,
+    accounts: Mapping[str, SiteAccount],
+    found: tuple[Gradients, Gradients],
+) -> None:
+    """Add how far each side's gradients are from the reference's in float64, and the two there."""
+    ours, theirs = found
+    with reference.other_kernel():
+        others = _gradients(reference, input_ids)
+    truth = _in_float64(reference, input_ids)
+    try:
+        exact: Gradients = _in_float64(port, input_ids)
+    except (RuntimeError, TypeError):
+        exact = {}  # the question of the function stays unasked, and the floor decides
+    for name, held in truth.items():
+        account = accounts.get(f"{name} (gradient)")
+        if account is None or held is None or account.exact or account.missing:
+            continue
+        _add(account.truth, held, 0.0)
+        for into, one in (
+            (account.port, ours[name]),
+            (account.floors[reference.attention], theirs[name]),
+            (account.floors["other"], others[name]),
+            (account.function, exact.get(name)),
+        ):
+            if one is not None and one.shape == held.shape:
+                _add(into, one, held)
+        apart = relative(account.function, account.truth)
+        account.function_asked = apart is not None and apart > SAME_GRADIENT
+
+
+def _in_float64(side: Side, input_ids: Tensor) -> Gradients:
+    with held_in_float64(side.model), LiftedCasts():  # type: ignore[no-untyped-call]
+        return _gradients(side, input_ids)
+
+
+def _add(distance: Distance, gradient: Tensor, truth: Tensor | float) -> None:
+    """A parameter's first dimension are its channels."""
+    gap = (gradient.double() - truth).flatten(1) if gradient.dim() > 1 else gradient - truth
+    rows = gap.T if gap.dim() > 1 else gap[None]
+    distance.add(squares_of(rows.double()), len(rows))
+
+
+def _places(
+    port: PortSide, reference: Reference, table: SiteTable, input_ids: Tensor
+) -> tuple[str, ...]:
+    """Where the port makes other gradients of the reference's own."""
+    values: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+
+    def record(name: str, tensor: Tensor) -> Tensor:
+        values[name] = tensor.detach().clone()
+        if tensor.requires_grad:
+
+            def keep(found: Tensor) -> None:
+                expected[name] = found.clone()
+
+            tensor.register_hook(keep)  # type: ignore[no-untyped-call]
+        return tensor
+
+    wrong: set[str] = set()
+    arrived: set[str] = set()
+
+    def teach(name: str, tensor: Tensor) -> Tensor:
+        held = values.get(name)
+        if held is None or held.shape != tensor.shape:
+            return tensor
+        if not torch.equal(tensor, held):
+            tensor = _Taught.apply(tensor, held)  # type: ignore[no-untyped-call]
+        if tensor.requires_grad and name in expected:
+
+            def compare(found: Tensor) -> Tensor:
+                arrived.add(name)
+                if not torch.equal(found, expected[name]):
+                    wrong.add(name)
+                return expected[name]
+
+            tensor.register_hook(compare)  # type: ignore[no-untyped-call]
+        return tensor
+
+    with watching(reference, table, record):
+        theirs = _gradients(reference, input_ids)
+    with watching(port, table, teach):
+        ours = _gradients(port, input_ids)
+    wrong |= expected.keys() - arrived
+    order = {name: number for number, name in enumerate(expected)}
+    for name, gradient in theirs.items():
+        found = ours.get(name)
+        if gradient is not None and (found is None or not torch.equal(found, gradient)):
+            wrong.add(name)
+            # A parameter stands behind the output of its module.
+            order[name] = order.get(name.rpartition(".")[0], len(expected))
+    return tuple(sorted(wrong, key=lambda name: (order[name], name not in expected)))
+
+
+class _Taught(torch.autograd.Function):
+    """The recorded value going forward, the gradient as it is going back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, recorded: Tensor) -> Tensor:
+        return recorded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _num_equal_after_step(
+    port: PortSide, reference: Reference, ours: Gradients, theirs: Gradients
+) -> int:
+    named = dict(port.model.named_parameters())
+    return sum(
+        name in named
+        and torch.equal(_stepped(named[name], ours[name]), _stepped(parameter, theirs[name]))
+        for name, parameter in reference.model.named_parameters()
+    )
+
+
+def _stepped(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:
+    moved = parameter.detach().clone()
+    moved.grad = gradient
+    torch.optim.AdamW([moved], lr=LEARNING_RATE, fused=True).step()
+    return moved
