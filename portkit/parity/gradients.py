@@ -12,8 +12,7 @@ reference's gradient in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +46,7 @@ class GradientParity:
     dtype: str
     num_tokens: int
     judgements: tuple[Judgement, ...]
-    """Of each parameter's gradient, those first that the backward pass reaches first."""
+    """Of each parameter's gradient: first what is wrong where it is made, then the last first."""
     accounts: dict[str, SiteAccount]
     places: tuple[str, ...]
     """Where the port makes another gradient of the reference's own, in the order of the backward
@@ -65,7 +64,7 @@ class GradientParity:
 
     @property
     def culprits(self) -> tuple[Judgement, ...]:
-        """Parameters whose gradient is not the reference's, nearest to the loss first."""
+        """Parameters whose gradient is not the reference's."""
         return tuple(one for one in self.judgements if one.verdict is Verdict.diverged)
 
 
@@ -77,16 +76,20 @@ def compare_gradients(
     The loss is taken in float32 on both. Parameters are left as they were.
     """
     ours, theirs = _gradients(port, input_ids), _gradients(reference, input_ids)
-    accounts = _accounts(ours, theirs)
-    is_exact = all(one.exact for one in accounts.values())
-    if not is_exact:
+    accounts, places = _accounts(ours, theirs), list[str]()
+    if not all(one.exact for one in accounts.values()):
         _hold_against_truth(port, reference, input_ids, accounts, (ours, theirs))
+        places = _places(port, reference, table, input_ids)
+    made = {f"{name} (gradient)": number for number, name in enumerate(places)}
+    judgements = sorted(
+        map(judge, accounts.values()), key=lambda one: made.get(one.site, len(made))
+    )
     return GradientParity(
         str(next(port.model.parameters()).dtype).removeprefix("torch."),
         input_ids.numel(),
-        tuple(map(judge, accounts.values())),
+        tuple(sorted(judgements, key=lambda one: made.get(one.site, len(made)))),
         accounts,
-        () if is_exact else _places(port, reference, table, input_ids),
+        tuple(places),
         _num_equal_after_step(port, reference, ours, theirs),
     )
 
@@ -172,67 +175,72 @@ def _add(distance: Distance, gradient: Tensor, truth: Tensor | float) -> None:
     distance.add(squares_of(rows.double()), len(rows))
 
 
-def _places(
-    port: PortSide, reference: Reference, table: SiteTable, input_ids: Tensor
-) -> tuple[str, ...]:
+def _places(port: PortSide, reference: Reference, table: SiteTable, input_ids: Tensor) -> list[str]:
     """Where the port makes other gradients of the reference's own."""
-    values: dict[str, Tensor] = {}
-    expected: dict[str, Tensor] = {}
+    lesson = _Lesson()
+    with watching(reference, table, lesson.record):
+        theirs = _gradients(reference, input_ids)
+    with watching(port, table, lesson.teach):
+        ours = _gradients(port, input_ids)
+    # A parameter stands behind the output of its module.
+    order = {name: (number, 0) for number, name in enumerate(lesson.gradients)}
+    wrong = {*lesson.wrong, *(lesson.gradients.keys() - lesson.arrived)}
+    for name, expected in theirs.items():
+        found = ours.get(name)
+        if expected is not None and (found is None or not torch.equal(found, expected)):
+            wrong.add(name)
+            order[name] = order.get(name.rpartition(".")[0], (len(order), 0))[0], 1
+    return sorted(wrong, key=order.__getitem__)
 
-    def record(name: str, tensor: Tensor) -> Tensor:
-        values[name] = tensor.detach().clone()
+
+class _Lesson:
+    """What the reference had at each site, going forward and coming back; and a port taught it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        """In the order of the backward pass."""
+        self.arrived: set[str] = set()
+        self.wrong: set[str] = set()
+
+    def record(self, name: str, tensor: Tensor) -> Tensor:
+        self.values[name] = tensor.detach().clone()
         if tensor.requires_grad:
 
-            def keep(found: Tensor) -> None:
-                expected[name] = found.clone()
+            def keep(gradient: Tensor) -> None:
+                self.gradients[name] = gradient.clone()
 
             tensor.register_hook(keep)  # type: ignore[no-untyped-call]
         return tensor
 
-    wrong: set[str] = set()
-    arrived: set[str] = set()
-
-    def teach(name: str, tensor: Tensor) -> Tensor:
-        held = values.get(name)
+    def teach(self, name: str, tensor: Tensor) -> Tensor:
+        held = self.values.get(name)
         if held is None or held.shape != tensor.shape:
             return tensor
         if not torch.equal(tensor, held):
             tensor = _Taught.apply(tensor, held)  # type: ignore[no-untyped-call]
-        if tensor.requires_grad and name in expected:
+        expected = self.gradients.get(name)
+        if tensor.requires_grad and expected is not None:
 
-            def compare(found: Tensor) -> Tensor:
-                arrived.add(name)
-                if not torch.equal(found, expected[name]):
-                    wrong.add(name)
-                return expected[name]
+            def compare(gradient: Tensor) -> Tensor:
+                self.arrived.add(name)
+                if not torch.equal(gradient, expected):
+                    self.wrong.add(name)
+                return expected
 
             tensor.register_hook(compare)  # type: ignore[no-untyped-call]
         return tensor
-
-    with watching(reference, table, record):
-        theirs = _gradients(reference, input_ids)
-    with watching(port, table, teach):
-        ours = _gradients(port, input_ids)
-    wrong |= expected.keys() - arrived
-    order = {name: number for number, name in enumerate(expected)}
-    for name, gradient in theirs.items():
-        found = ours.get(name)
-        if gradient is not None and (found is None or not torch.equal(found, gradient)):
-            wrong.add(name)
-            # A parameter stands behind the output of its module.
-            order[name] = order.get(name.rpartition(".")[0], len(expected))
-    return tuple(sorted(wrong, key=lambda name: (order[name], name not in expected)))
 
 
 class _Taught(torch.autograd.Function):
     """The recorded value going forward, the gradient as it is going back."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, recorded: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, recorded: Tensor) -> Tensor:  # noqa: ARG004
         return recorded.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
         return gradients[0], None
 
 

@@ -17,8 +17,9 @@ from portkit.errors import OutOfMemory, PortkitError
 from portkit.loading import LoadedModel, draw, materialize, open_checkpoint, resolve_dtype
 from portkit.parity.compare import Tell, compare
 from portkit.parity.generation import NUM_TOKENS, GenerationParity, compare_generation
+from portkit.parity.gradients import GradientParity, compare_gradients
 from portkit.parity.probe import Probe, check_fits
-from portkit.parity.probing import default_probe, unexercised
+from portkit.parity.probing import default_probe, training_batch, unexercised
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
 from portkit.parity.sites import PortSide, SiteTable
@@ -44,6 +45,8 @@ class Question:
     layers: range | None = None
     """The layers to hold against the truth; None: all, and what is around them."""
     ignore_config: tuple[str, ...] = ()
+    backward: bool = False
+    """Compare gradients as well."""
     choose_probe: Callable[[LoadedModel], Probe] = lambda loaded: default_probe(loaded.model)
 
 
@@ -70,11 +73,16 @@ def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResul
     if question.layers is None:
         tell("generate")
         generation = _generate(loaded, reference, probe)
+    gradients = None
+    if question.backward:
+        tell("backward")
+        gradients = _differentiate(question, loaded, reference)
     return ParityResult(
         (found,),
         generation,
         (*_not_verified(question, loaded, probe), *found.not_verified),
         (*loaded.report.notes, *reference.notes),
+        gradients,
     )
 
 
@@ -135,6 +143,13 @@ def _generate(loaded: LoadedModel, reference: Reference, probe: Probe) -> Genera
     prompt = prompt[: context - num_tokens]
     port = PortSide(loaded.model, len(prompt) + num_tokens)
     return compare_generation(port, reference, prompt, num_tokens)
+
+
+def _differentiate(question: Question, loaded: LoadedModel, reference: Reference) -> GradientParity:
+    input_ids = training_batch(loaded.model).to(next(loaded.model.parameters()).device)
+    table = SiteTable(loaded.architecture.sites, question.layers)
+    port = PortSide(loaded.model, input_ids.shape[1])
+    return compare_gradients(port, reference, table, input_ids)
 
 
 def _not_verified(question: Question, loaded: LoadedModel, probe: Probe) -> Iterator[NotVerified]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from portkit.parity.gradients import GradientParity
 from portkit.parity.judge import Judgement
 from portkit.parity.probe import as_json
 from portkit.parity.result import Comparison, ParityResult
@@ -17,7 +18,7 @@ from portkit.parity.result import Comparison, ParityResult
 def as_fields(result: ParityResult) -> dict[str, Any]:
     """The result's own part of the object; the command adds what it was asked."""
     main = result.comparisons[0]
-    culprits = [_culprit(each, one) for each in result.comparisons for one in each.culprits]
+    culprits = [_culprit(each, one) for each in result.judged for one in each.culprits]
     return {
         "verdict": result.verdict,
         "dtype": main.dtype,
@@ -38,12 +39,28 @@ def as_fields(result: ParityResult) -> dict[str, Any]:
         "culprits": culprits,
         "first": culprits[0] if culprits else None,
         "generation": _generation(result),
+        "gradients": _gradients(result),
         "not_verified": [{"name": one.name, "reason": one.reason} for one in result.not_verified],
         "notes": list(result.notes),
     }
 
 
-def _culprit(comparison: Comparison, one: Judgement) -> dict[str, Any]:
+def _gradients(result: ParityResult) -> dict[str, Any] | None:
+    found = result.gradients
+    if found is None:
+        return None
+    return {
+        "verdict": found.verdict,
+        "tokens": found.num_tokens,
+        "parameters": len(found.judgements),
+        "exact": found.num_exact,
+        "rounding": [one.site for one in found.judgements if one.verdict == "rounding"],
+        "places": list(found.places),
+        "equal_after_step": found.num_equal_after_step,
+    }
+
+
+def _culprit(comparison: Comparison | GradientParity, one: Judgement) -> dict[str, Any]:
     account = comparison.accounts[one.site]
     worst = [
         {"pass": record.name, **{k: _finite(v) for k, v in vars(value).items()}}
