@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from portkit.parity.judge import judge
+from portkit.parity.kill import KillMatrix
 from portkit.parity.ledger import (
     LOGITS,
     Ledger,
@@ -39,9 +40,14 @@ def compare(
     table: SiteTable,
     probe: Probe,
     tell: Tell = lambda _: None,
+    matrix: KillMatrix | None = None,
 ) -> Comparison:
-    """Run `probe` on both sides and judge every site. `tell` is given a line for each step."""
+    """Run `probe` on both sides and judge every site. `tell` is given a line for each step.
+
+    `matrix` is shown what the reference had, and tells what became of its faults.
+    """
     comparing = _Comparing(port, reference, table, probe)
+    comparing.matrix = matrix
     comparing.parameters()
     for group in _groups(probe):
         for one in group:
@@ -59,6 +65,7 @@ def compare(
             NotVerified(f"{name}: the same function", f"the port cannot run in float64: {reason}")
             for name, reason in comparing.truth.unasked.items()
         ),
+        () if matrix is None else matrix.fates(),
     )
 
 
@@ -91,6 +98,7 @@ class _Comparing:
         composite = (n for n, m in port.module_sites().items() if any(True for _ in m.children()))
         self.ledger = Ledger(table, composite)
         self.truth = Truth(port, reference, table, self.ledger)
+        self.matrix: KillMatrix | None = None
         self._recordings: list[Recording] = []
         self._compares_logits = table.dims("lm_head") is not None
         self._reference_caches: dict[str, Any] = {}
@@ -136,7 +144,11 @@ class _Comparing:
             logits = self.reference.run(one, self._reference_caches)
         if self._compares_logits:
             trace[LOGITS] = logits
+        for name in trace:  # in the reference's order, also what the port turns out not to have
+            self.ledger.site(name)
         del logits
+        if self.matrix is not None:
+            self.matrix.see(one, trace)
         recording = Recording(one, trace, calls, Calls())
         self._run_freely(recording)
         self._run_taught(recording)

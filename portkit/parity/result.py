@@ -15,7 +15,9 @@ from portkit.parity.ledger import SiteAccount
 if TYPE_CHECKING:
     from portkit.parity.generation import GenerationParity
     from portkit.parity.gradients import GradientParity
+    from portkit.parity.kill import Fate
     from portkit.parity.probe import Probe
+    from portkit.parity.teeth import Teeth
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Comparison:
     judgements: tuple[Judgement, ...]
     accounts: dict[str, SiteAccount]
     not_verified: tuple[NotVerified, ...] = ()
+    fates: tuple[Fate, ...] = ()
+    """What became of each fault of the catalogue that was tried."""
 
     @property
     def verdict(self) -> Verdict:
@@ -68,6 +72,9 @@ class ParityResult:
     def judged(self) -> tuple[Comparison | GradientParity, ...]:
         """All that has a verdict of its own, and culprits."""
         return self.comparisons if self.gradients is None else (*self.comparisons, self.gradients)
+
+    teeth: Teeth | None = None
+    """What the probe would have caught; None where it was not asked."""
 
     @property
     def verdict(self) -> Verdict:

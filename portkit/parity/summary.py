@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from portkit.parity.gradients import GradientParity
 from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict
 from portkit.parity.ledger import Worst
 from portkit.parity.result import Comparison, ParityResult, worst
@@ -46,10 +47,11 @@ def headline(result: ParityResult) -> list[str]:
             f"{one.dtype}: {one.num_exact:,} of {len(one.judgements):,} sites equal in every bit "
             f"over {passes} passes of {tokens:,} tokens"
         )
-    return [*lines, *_generation(result), *_gradients(result)]
+    caught = [] if result.teeth is None else [f"this probe {result.teeth.line}"]
+    return [*lines, *_generation(result), *_gradients(result), *caught]
 
 
-def groups(comparison: Comparison) -> dict[str, list[Judgement]]:
+def groups(comparison: Comparison | GradientParity) -> dict[str, list[Judgement]]:
     """The sites of each layer, and of each part around the layers, in order of execution."""
     found: dict[str, list[Judgement]] = {}
     for one in comparison.judgements:
