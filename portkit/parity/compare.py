@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from portkit.parity.judge import judge
 from portkit.parity.kill import KillMatrix
@@ -95,7 +95,9 @@ class _Comparing:
         self, port: PortSide, reference: Reference, table: SiteTable, probe: Probe
     ) -> None:
         self.port, self.reference, self.table = port, reference, table
-        composite = (n for n, m in port.module_sites().items() if any(True for _ in m.children()))
+        composite = {
+            name.rpartition(".")[0] for name in port.module_sites() if table.dims(name) is not None
+        }
         self.ledger = Ledger(table, composite)
         self.truth = Truth(port, reference, table, self.ledger)
         self.matrix: KillMatrix | None = None
@@ -111,14 +113,13 @@ class _Comparing:
     @torch.no_grad()
     def parameters(self) -> None:
         """Both sides read the same file, each by its own map: what they hold is compared first."""
-        theirs = {
-            f"{name}.{own}": parameter
-            for name, module in self.reference.module_sites().items()
-            for own, parameter in module.named_parameters(recurse=False)
+        declared = {
+            name: parameter
+            for name, parameter in self.port.model.named_parameters(remove_duplicate=False)
+            if self._observes(name)
         }
-        for name, ours in self.port.model.named_parameters(remove_duplicate=False):
-            if self.table.dims(name.rpartition(".")[0]) is None:
-                continue
+        theirs = self.reference.parameters(declared)
+        for name, ours in declared.items():
             account = self.ledger.parameter(name)
             held = theirs.get(name)
             if held is None:
@@ -127,6 +128,13 @@ class _Comparing:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
             elif not torch.equal(ours, held):
                 account.unequal.append(difference_as_loaded(account, ours, held))
+
+    def _observes(self, parameter: str) -> bool:
+        """Whether a parameter's module is declared, or of a list of them the module that has it."""
+        module = parameter.rpartition(".")[0]
+        if isinstance(self.port.module_sites()[module], nn.ParameterList):
+            module = module.rpartition(".")[0]
+        return self.table.dims(module) is not None
 
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from portkit.parity.judge import Judgement, Verdict, judge, relative
 from portkit.parity.ledger import Distance, PassRecord, SiteAccount, squares_of
 from portkit.parity.precision import LiftedCasts, held_in_float64
-from portkit.parity.reference import Reference
+from portkit.parity.reference import Reference, by_name
 from portkit.parity.result import worst
 from portkit.parity.sites import PortSide, SiteTable, watching
 
@@ -35,8 +35,8 @@ function. Kernels of the reference stay within 1e-13 of each other; a lost branc
 
 
 Side = PortSide | Reference
-Gradients = dict[str, Tensor | None]
-"""By parameter; None where no gradient arrives."""
+Gradients = dict[str, Tensor]
+"""By parameter, under the port's names; zero where no gradient arrives."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def compare_gradients(
 
     The loss is taken in float32 on both. Parameters are left as they were.
     """
-    ours, theirs = _gradients(port, input_ids), _gradients(reference, input_ids)
+    ours = _gradients(port, input_ids)
+    theirs = by_name(_gradients(reference, input_ids), ours)
     accounts, places = _accounts(ours, theirs), list[str]()
     if not all(one.exact for one in accounts.values()):
         _hold_against_truth(port, reference, input_ids, accounts, (ours, theirs))
@@ -93,29 +94,36 @@ def compare_gradients(
 
 
 def _gradients(side: Side, input_ids: Tensor) -> Gradients:
-    named = dict(side.model.named_parameters())
-    required = {name: one.requires_grad for name, one in named.items()}
+    named = _named(side)
+    required = [(one, one.requires_grad) for one in side.model.parameters()]
     try:
         with torch.enable_grad():
             side.model.requires_grad_(True)
             logits = side.differentiable_logits(input_ids)[:, :-1].float()
             loss = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())
-            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            found = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
     finally:
-        for name, one in named.items():
-            one.requires_grad_(required[name])
+        for one, before in required:
+            one.requires_grad_(before)
     return dict(zip(named, found, strict=True))
 
 
+def _named(side: Side) -> dict[str, nn.Parameter]:
+    """Parameters by the text model's names, a tied one once."""
+    found: dict[nn.Parameter, str] = {}
+    for name, module in side.module_sites().items():
+        for own, parameter in module.named_parameters(recurse=False):
+            found.setdefault(parameter, f"{name}.{own}")
+    return {name: parameter for parameter, name in found.items()}
+
+
 def _accounts(ours: Gradients, theirs: Gradients) -> dict[str, SiteAccount]:
-    """Of each gradient that the reference has, the last parameters in the network first."""
+    """Of each gradient, the last parameters in the network first."""
     accounts = {}
-    for name, expected in reversed(theirs.items()):
-        if expected is None:
-            continue
+    for name, found in reversed(ours.items()):
         account = SiteAccount(f"{name} (gradient)", "", is_glue=False)
-        found = ours.get(name)
-        if found is None:
+        expected = theirs.get(name)
+        if expected is None:
             account.missing = True
         elif found.shape != expected.shape:
             account.misshapen = f"{list(found.shape)} against {list(expected.shape)}"
@@ -138,15 +146,16 @@ def _hold_against_truth(
     """Add how far each side's gradients are from the reference's in float64, and the two there."""
     ours, theirs = found
     with reference.other_kernel():
-        others = _gradients(reference, input_ids)
-    truth = _in_float64(reference, input_ids)
+        others = by_name(_gradients(reference, input_ids), ours)
+    with reference.plain_experts():
+        truth = by_name(_in_float64(reference, input_ids), ours)
     try:
         exact: Gradients = _in_float64(port, input_ids)
     except (RuntimeError, TypeError):
         exact = {}  # the question of the function stays unasked, and the floor decides
     for name, held in truth.items():
-        account = accounts.get(f"{name} (gradient)")
-        if account is None or held is None or account.exact or account.missing:
+        account = accounts[f"{name} (gradient)"]
+        if account.exact:
             continue
         _add(account.truth, held, 0.0)
         for into, one in (
@@ -177,15 +186,15 @@ def _places(port: PortSide, reference: Reference, table: SiteTable, input_ids: T
     """Where the port makes other gradients of the reference's own."""
     lesson = _Lesson()
     with watching(reference, table, lesson.record):
-        theirs = _gradients(reference, input_ids)
+        expected = _gradients(reference, input_ids)
     with watching(port, table, lesson.teach):
         ours = _gradients(port, input_ids)
+    theirs = by_name(expected, ours)
     # A parameter stands behind the output of its module.
     order = {name: (number, 0) for number, name in enumerate(lesson.gradients)}
     wrong = {*lesson.wrong, *(lesson.gradients.keys() - lesson.arrived)}
-    for name, expected in theirs.items():
-        found = ours.get(name)
-        if expected is not None and (found is None or not torch.equal(found, expected)):
+    for name, found in ours.items():
+        if name not in theirs or not torch.equal(found, theirs[name]):
             wrong.add(name)
             order[name] = order.get(name.rpartition(".")[0], (len(order), 0))[0], 1
     return sorted(wrong, key=order.__getitem__)
@@ -245,15 +254,15 @@ class _Taught(torch.autograd.Function):
 def _num_equal_after_step(
     port: PortSide, reference: Reference, ours: Gradients, theirs: Gradients
 ) -> int:
-    named = dict(port.model.named_parameters())
+    held = reference.parameters(theirs)
     return sum(
-        name in named
-        and torch.equal(_stepped(named[name], ours[name]), _stepped(parameter, theirs[name]))
-        for name, parameter in reference.model.named_parameters()
+        torch.equal(_stepped(parameter, ours[name]), _stepped(held[name], theirs[name]))
+        for name, parameter in _named(port).items()
+        if name in held
     )
 
 
-def _stepped(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:
+def _stepped(parameter: Tensor, gradient: Tensor) -> Tensor:
     moved = parameter.detach().clone()
     moved.grad = gradient
     torch.optim.AdamW([moved], lr=LEARNING_RATE, fused=True).step()

@@ -34,7 +34,7 @@ GRADIENT_KINDS = {
     **KINDS,
     "function": "it is the gradient of another function",
     "care": "the same gradient, computed with less care than the reference's",
-    "missing": "no gradient arrives there",
+    "missing": "the reference has no such parameter",
 }
 
 
