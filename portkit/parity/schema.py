@@ -11,7 +11,7 @@ from typing import Any
 
 from portkit.parity import detail, teeth
 from portkit.parity.gradients import GradientParity
-from portkit.parity.judge import Judgement
+from portkit.parity.judge import Judgement, relative
 from portkit.parity.probe import as_json
 from portkit.parity.result import Comparison, ParityResult
 
@@ -85,6 +85,7 @@ def _culprit(
         "kind": one.kind,
         "local_error": _finite(one.local_error),
         "floor": _finite(one.floor),
+        "carried_error": _finite(relative(account.carried_error, account.truth)),
         "function_error": _finite(one.function_error),
         "misshapen": account.misshapen,
         "worst": worst[:6],
