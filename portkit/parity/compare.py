@@ -24,10 +24,11 @@ from portkit.parity.ledger import (
     token_dim,
 )
 from portkit.parity.local import Calls, Trace, calls_kept, looked_at, recorder, taught
+from portkit.parity.precision import release_freed_memory
 from portkit.parity.probe import Pass, Probe
 from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified
-from portkit.parity.sites import QKV, PortSide, SiteTable, watching
+from portkit.parity.sites import QKV, PortSide, Side, SiteTable, watching
 from portkit.parity.truth import Recording, Truth
 
 Tell = Callable[[str], None]
@@ -137,7 +138,7 @@ class _Comparing:
             watching(self.reference, self.table, recorder(trace)),
             calls_kept(self.reference, self.table) as calls,
         ):
-            logits = self.reference.run(one, self._reference_caches)
+            logits = self._logits(self.reference, one, self._reference_caches)
         if self._compares_logits:
             trace[LOGITS] = logits
         del logits
@@ -149,6 +150,13 @@ class _Comparing:
             account.missing = account.missing or name not in recording.seen
         trace.pop(LOGITS, None)  # it has no truth of its own; the head has
         self._recordings.append(recording)
+        release_freed_memory()
+
+    def _logits(self, side: Side, one: Pass, caches: dict[str, Any]) -> Tensor:
+        logits = side.run(one, caches)
+        if one.name not in self._continued:
+            del caches[one.name]  # all passes' together would outweigh the largest of them
+        return logits
 
     def _run_freely(self, recording: Recording) -> None:
         one, trace = recording.run, recording.trace
@@ -164,7 +172,7 @@ class _Comparing:
                     account.carried_error.add(squares_of(a - b), len(a))
 
         with watching(self.port, self.table, looked_at(trace, look)):
-            logits = self.port.run(one, self._free_caches)
+            logits = self._logits(self.port, one, self._free_caches)
         if LOGITS in trace:
             look(LOGITS, logits, trace[LOGITS])
 
@@ -190,7 +198,7 @@ class _Comparing:
             calls_kept(self.port, self.table) as calls,
             watching(self.port, self.table, taught(trace, compare_one)),
         ):
-            logits = self.port.run(one, self._taught_caches)
+            logits = self._logits(self.port, one, self._taught_caches)
         if LOGITS in trace:
             compare_one(LOGITS, logits, trace[LOGITS])
         recording.port_calls = calls
