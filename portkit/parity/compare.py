@@ -17,8 +17,8 @@ from portkit.parity.judge import judge
 from portkit.parity.ledger import (
     LOGITS,
     Ledger,
-    PassRecord,
     difference,
+    difference_as_loaded,
     rows,
     squares_of,
     token_dim,
@@ -119,11 +119,7 @@ class _Comparing:
             elif held.shape != ours.shape or held.dtype != ours.dtype:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
             elif not torch.equal(ours, held):
-                gap = (ours.double() - held.double()).abs()
-                num_unequal = int((ours != held).sum())
-                account.unequal.append(
-                    PassRecord("as loaded", num_unequal, held.numel(), float(gap.max()))
-                )
+                account.unequal.append(difference_as_loaded(account, ours, held))
 
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""
@@ -193,6 +189,8 @@ class _Comparing:
             if record is not None:
                 account.unequal.append(record)
                 recording.unequal[name] = ours.clone()
+                if name == LOGITS:  # which is not held against a truth
+                    self.ledger.add_difference(name, one, ours, theirs)
 
         with (
             calls_kept(self.port, self.table) as calls,

@@ -6,6 +6,7 @@ large vocabulary add up. Knows no verdict: `judge` reads it.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from portkit.parity.probe import Pass
 from portkit.parity.sites import QKV, SiteTable
+from portkit.parity.spread import Spread, TokenError, token_sums, worst_tokens
 
 NUM_WORST = 3
 LOGITS = "#logits"
@@ -78,11 +80,12 @@ def squares_of(difference: Tensor) -> Tensor:
 class Worst:
     """One value that differs: where, and what either side has there."""
 
-    row: int
-    position: int
+    row: int | None
+    """None of a parameter, which knows no rows of a batch."""
+    position: int | None
     """Counted from the first token that the site holds in this pass."""
     place: str
-    """Where in the token: `channel 17`, `head 1, channel 3`."""
+    """Where in the token: `channel 17`, `head 1, channel 3`; of a parameter `[3, 17]`."""
     port: float
     reference: float
 
@@ -121,6 +124,15 @@ class SiteAccount:
     floors: defaultdict[str, Distance] = field(default_factory=lambda: defaultdict(Distance))
     """Reference to the truth, by attention kernel."""
     function_asked: bool = False
+    spread: Spread = field(default_factory=Spread)
+    """Of the port's distances from the truth, or from the reference where there is no truth."""
+    floor_spread: Spread = field(default_factory=Spread)
+    """Of the reference's own distances from the truth, in the passes in which the port differs."""
+    function_spread: Spread = field(default_factory=Spread)
+    """Of the distances of `function` that are not zero everywhere."""
+    worst_tokens: tuple[TokenError, ...] = ()
+    inner: tuple[int, ...] = ()
+    """The sizes of what a token holds, such as heads and channels; known where not equal."""
 
     @property
     def exact(self) -> bool:
@@ -153,6 +165,33 @@ class Ledger:
             )
             self.sites[name] = SiteAccount(name, dims, is_glue)
         return self.sites[name]
+
+    def add_difference(self, name: str, one: Pass, port: Tensor, reference: Tensor) -> None:
+        """How a site without a truth differs: the reference is what it is held against."""
+        account = self.sites[name]
+        ours, theirs = (rows(each, account.dims, one).double() for each in (port, reference))
+        account.spread.add(ours - theirs)
+        self.add_tokens(name, one, token_sums(ours - theirs, None, theirs), reference)
+
+    def add_tokens(self, name: str, one: Pass, sums: Tensor, like: Tensor) -> None:
+        """`token_sums` of one pass, where the site holds a tensor `like` this one."""
+        account = self.sites[name]
+        moved = like.movedim(token_dim(account.dims), 1)
+        account.inner = tuple(moved.shape[2:])
+        account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, moved.shape[1])
+
+
+def difference_as_loaded(account: SiteAccount, port: Tensor, reference: Tensor) -> PassRecord:
+    """How a parameter differs from the reference's of the same shape, as both were loaded."""
+    gap = (port.double() - reference.double()).nan_to_num(nan=torch.inf)
+    account.spread.add(gap)
+    gaps, places = gap.abs().flatten().topk(min(NUM_WORST, gap.numel()))
+    worst = []
+    for place in places[gaps > 0].tolist():
+        at = tuple(map(int, torch.unravel_index(torch.tensor(place), gap.shape)))
+        worst.append(Worst(None, None, str(list(at)), float(port[at]), float(reference[at])))
+    num_unequal = int((port != reference).sum())
+    return PassRecord("as loaded", num_unequal, gap.numel(), float(gaps[0]), tuple(worst))
 
 
 def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRecord | None:
@@ -188,16 +227,27 @@ def _worst(one: Pass, dims: str, port: Tensor, reference: Tensor, place: int) ->
     """The value at a place among the values of the real tokens."""
     where = token_dim(dims)
     moved = port.movedim(where, 1)
-    inner, names = moved.shape[2:], [n for i, n in enumerate(dims.split()) if i not in (0, where)]
-    token, rest = divmod(place, max(1, inner.numel()))
+    inner = tuple(moved.shape[2:])
+    token, rest = divmod(place, max(1, math.prod(inner)))
     row, position = one.real_of_last(moved.shape[1]).nonzero()[token].tolist()
-    index: list[int] = []
-    for size in reversed(inner):
-        rest, last = divmod(rest, size)
-        index.insert(0, last)
-    at = (row if len(moved) > 1 else 0, position, *index)
-    said = ", ".join(
+    at = (row if len(moved) > 1 else 0, position, *_within(inner, rest))
+    theirs = reference.movedim(where, 1)
+    return Worst(row, position, said_place(dims, inner, rest), float(moved[at]), float(theirs[at]))
+
+
+def said_place(dims: str, inner: tuple[int, ...], place: int) -> str:
+    """A place among the values of one token in words: `channel 17`, `head 1, channel 3`."""
+    where = token_dim(dims)
+    names = [n for i, n in enumerate(dims.split()) if i not in (0, where)]
+    index = _within(inner, place)
+    return ", ".join(
         f"{n} {i}" for n, i in zip(names, index, strict=True) if n != "one" or len(names) == 1
     )
-    theirs = reference.movedim(where, 1)
-    return Worst(row, position, said, float(moved[at]), float(theirs[at]))
+
+
+def _within(inner: tuple[int, ...], place: int) -> list[int]:
+    index: list[int] = []
+    for size in reversed(inner):
+        place, last = divmod(place, size)
+        index.insert(0, last)
+    return index

@@ -27,6 +27,7 @@ from portkit.parity.precision import (
 from portkit.parity.probe import Pass
 from portkit.parity.reference import Reference, additive
 from portkit.parity.sites import QKV, Side, SiteTable, Visit, watching
+from portkit.parity.spread import token_sums
 
 Look = Callable[[str, Tensor], None]
 HEAD = "lm_head"
@@ -45,6 +46,8 @@ class Recording:
     unequal: Trace = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     """Sites that the port has too."""
+    by_token: Trace = field(default_factory=dict)
+    """`token_sums` of the sites in `unequal`, as far as they were held against the truth."""
 
 
 class Truth:
@@ -73,6 +76,9 @@ class Truth:
                     for one in recordings:
                         self._judge_block(name, one)
             release_freed_memory()
+        for one in recordings:
+            for site, sums in one.by_token.items():
+                self.ledger.add_tokens(site, one.run, sums, one.trace[site])
 
     def _judge_tables(self, one: Recording) -> None:
         port = _tables(self.port, one.port_calls)
@@ -155,15 +161,22 @@ class Truth:
         account, whole = self.ledger.site(name), one.trace[name]
         held = rows(truth, account.dims, one.run)
 
-        def squares(recorded: Tensor) -> Tensor:
+        def distance(recorded: Tensor) -> Tensor:
             part = recorded if channels is None else recorded[..., channels]
-            return squares_of(rows(part, account.dims, one.run).double() - held)
+            return rows(part, account.dims, one.run).double() - held
 
         block = (channels or slice(None), whole.shape[-1] if channels else None)
-        floor, ours = squares(whole), one.unequal.get(name)
+        own, unequal = distance(whole), one.unequal.get(name)
+        ours = own if unequal is None else distance(unequal)
         account.truth.add(squares_of(held), len(held), *block)
-        account.floors[self.reference.attention].add(floor, len(held), *block)
-        account.port.add(floor if ours is None else squares(ours), len(held), *block)
+        account.floors[self.reference.attention].add(squares_of(own), len(held), *block)
+        account.port.add(squares_of(ours), len(held), *block)
+        if unequal is not None:
+            account.spread.add(ours)
+            account.floor_spread.add(own)
+            sums = token_sums(ours, own, held)
+            before = one.by_token.get(name)
+            one.by_token[name] = sums if before is None else before + sums
 
     def _ask(
         self,
@@ -181,8 +194,10 @@ class Truth:
         account = self.ledger.site(name)
         account.function_asked = True
         ours, held = (rows(each, account.dims, one.run) for each in (port, truth))
-        equal = torch.equal(port, truth)
-        gap = held.new_zeros(held.shape[1]) if equal else squares_of(ours - held)
+        gap = held.new_zeros(held.shape[1])
+        if not torch.equal(port, truth):
+            gap = squares_of(ours - held)
+            account.function_spread.add(ours - held)
         width = one.trace[name].shape[-1] if channels else None
         account.function.add(gap, len(held), channels or slice(None), width)
 
