@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from portkit.checkpoint import Checkpoint
 from portkit.errors import OutOfMemory, PortkitError
 from portkit.loading import LoadedModel, draw, materialize, open_checkpoint, resolve_dtype
 from portkit.parity.compare import Tell, compare
@@ -49,11 +50,12 @@ class Question:
 
 def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     """Answer it. `tell` is given a line for each step. Raises a `PortkitError` on bad input."""
-    asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
+    checkpoint = open_checkpoint(question.repo, question.revision)
+    asked = resolve_dtype(question.dtype, checkpoint)
     with _memory_watched():
-        result = _prove_in(question, asked, tell)
+        result = _prove_in(question, checkpoint, asked, tell)
         if asked != CARE:
-            beside = _care(question, tell)
+            beside = _care(question, checkpoint, tell)
             result = replace(
                 result,
                 comparisons=(*result.comparisons, beside),
@@ -62,9 +64,11 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     return result
 
 
-def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResult:
+def _prove_in(
+    question: Question, checkpoint: Checkpoint, dtype: torch.dtype, tell: Tell
+) -> ParityResult:
     """The answer in the dtype that was asked for."""
-    loaded, reference, probe = _prepare(question, dtype, tell)
+    loaded, reference, probe = _prepare(question, checkpoint, dtype, tell)
     found = _compare(question, loaded, reference, probe, tell)
     generation = None
     if question.layers is None:
@@ -78,9 +82,9 @@ def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResul
     )
 
 
-def _care(question: Question, tell: Tell) -> Comparison:
+def _care(question: Question, checkpoint: Checkpoint, tell: Tell) -> Comparison:
     """Again in bfloat16; of a complete probe the passes that run every module, near and far."""
-    loaded, reference, probe = _prepare(question, CARE, tell)
+    loaded, reference, probe = _prepare(question, checkpoint, CARE, tell)
     if probe.is_complete:
         passes = tuple(one for one in probe if one.name in _CARE_PASSES)
         probe = Probe("bfloat16", passes or probe.passes)
@@ -88,17 +92,18 @@ def _care(question: Question, tell: Tell) -> Comparison:
 
 
 def _prepare(
-    question: Question, dtype: torch.dtype, tell: Tell
+    question: Question, checkpoint: Checkpoint, dtype: torch.dtype, tell: Tell
 ) -> tuple[LoadedModel, Reference, Probe]:
     tell(f"load in {_word(dtype)}")
-    loaded, reference = _load(question, dtype)
+    loaded, reference = _load(question, checkpoint, dtype)
     probe = question.choose_probe(loaded)
     check_fits(probe, loaded.config.vocab_size, loaded.config.max_position_embeddings)
     return loaded, reference, probe
 
 
-def _load(question: Question, dtype: torch.dtype) -> tuple[LoadedModel, Reference]:
-    checkpoint = open_checkpoint(question.repo, question.revision)
+def _load(
+    question: Question, checkpoint: Checkpoint, dtype: torch.dtype
+) -> tuple[LoadedModel, Reference]:
     blueprint = draw(checkpoint, question.attention, question.ignore_config)
     num_layers = blueprint.config.num_hidden_layers
     if question.layers is not None and question.layers.stop > num_layers:
