@@ -55,6 +55,12 @@ def _gemma3(**config: Any) -> Tiny:
     return Tiny("Gemma3", {**_SHARED, **heads, **windows, "head_dim": 40, **config})
 
 
+def _cohere2(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2}
+    windows = {"sliding_window": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+    return Tiny("Cohere2", {**_SHARED, **heads, **windows, "head_dim": 40, **config})
+
+
 TINY: dict[str, Tiny] = {
     "llama3": _llama(rope_scaling=_LLAMA3_ROPE, rope_theta=500000.0, num_hidden_layers=12),
     "llama tied with biases": _llama(
@@ -87,6 +93,14 @@ TINY: dict[str, Tiny] = {
         num_key_value_heads=1,
         num_attention_heads=4,
         num_hidden_layers=12,
+    ),
+    "cohere2": _cohere2(num_hidden_layers=12),
+    "cohere2 with biases": _cohere2(
+        attention_bias=True,
+        tie_word_embeddings=False,
+        logit_scale=0.3,
+        num_hidden_layers=3,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
     ),
 }
 

@@ -230,6 +230,42 @@ CONFIG_VALUES = [
         base="qwen3",
     ),
     Case(
+        "layers that are not parallel",
+        config({"use_parallel_block": False}),
+        ("use_parallel_block", "False", "supported: True"),
+        base="cohere2",
+    ),
+    Case(
+        "two periods of layer types",
+        config({"sliding_window_pattern": 4, "layer_switch": 3}),
+        ("layer_switch is 3", "supported: 4", "sliding_window_pattern"),
+        base="cohere2",
+    ),
+    Case(
+        "more layer types than layers",
+        config({"layer_types": ["full_attention"] * 3}),
+        ("layer_types must be a list of 2", "one for each layer"),
+        base="cohere2",
+    ),
+    Case(
+        "no window",
+        config({"sliding_window": 0}),
+        ("sliding_window must be between 2", "not 0"),
+        base="cohere2",
+    ),
+    Case(
+        "logits without a scale",
+        config({"logit_scale": 0}),
+        ("logit_scale must be between", "not 0"),
+        base="cohere2",
+    ),
+    Case(
+        "quantised parallel model",
+        config({"quantization_config": {"quant_method": "bitsandbytes"}}),
+        ("quantization_config", "bitsandbytes", "take the unquantised repository"),
+        base="cohere2",
+    ),
+    Case(
         "window of one",
         config({"sliding_window": 1}),
         ("sliding_window must be between 2", "not 1"),

@@ -73,6 +73,7 @@ _STRETCHED = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SIZES, "rope_scaling": _STRETCHED},
     "qwen3": {"model_type": "qwen3", **_SIZES, "tie_word_embeddings": True},
+    "cohere2": {"model_type": "cohere2", **_SIZES, "sliding_window": 8, "attention_bias": True},
     "gemma3_text": {"model_type": "gemma3_text", **_SIZES, "sliding_window": 8},
     "gemma3": {
         "model_type": "gemma3",

@@ -40,8 +40,10 @@ def published(data_folder: Path) -> dict[str, int]:
     counts, family = {}, ""
     for entry in line[1].split(" · "):
         found = re.match(r"(?:(.*?)[ -])?(\d[\d.]*[MB]) ([\d,]+)", entry)
-        if found is None:
-            continue  # a later family's, named without its size
+        if found is None:  # a family that is named without its size
+            if whole := re.match(r"([^\d/]+\S*) ([\d,]{9,})", entry):
+                counts[whole[1].lower()] = int(whole[2].replace(",", ""))
+            continue
         family = found[1] or family  # sizes of one family follow its name
         counts[f"{family} {found[2]}".lower()] = int(found[3].replace(",", "").rstrip("."))
     return counts
@@ -76,7 +78,7 @@ def counted_by_the_reference(folder: Path) -> int:
 def plain_name(folder: str) -> str:
     """`google__gemma-3-270m-it` as the README calls it: `gemma 3 270m`."""
     name = folder.partition("__")[2].lower().removesuffix(".derived")
-    return re.sub(r"^meta-|-(it|instruct)$", "", name).replace("-", " ")
+    return re.sub(r"^(meta|c4ai)-|-(it|instruct|\d\d-\d{4})$", "", name).replace("-", " ")
 
 
 def test_every_ported_config_has_the_published_number_of_parameters(
@@ -90,6 +92,7 @@ def test_every_ported_config_has_the_published_number_of_parameters(
     assert known == {name: published[name] for name in known}
     assert {"gemma 3 270m", "gemma 3 1b", "qwen3 0.6b", "qwen3 1.7b"} <= known.keys()
     assert {"llama 3.1 8b", "llama 3.2 1b", "llama 3.2 3b"} <= known.keys()
+    assert {"command r7b", "command a"} <= known.keys()
 
 
 def test_every_ported_config_has_as_many_parameters_as_the_reference_counts(

@@ -1,7 +1,7 @@
 """The same at the sizes that are released: random weights in the shapes of published configs.
 
 Large matrices take other kernels than tiny ones do. Gemma 3 270M is whole; the others have fewer
-layers, and the larger Gemma a narrower window, because a window is not a size of a layer.
+layers, and some a narrower window or a smaller vocabulary, which are no sizes of a layer.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ RELEASED = {
     "Gemma 3 1B": Released("google__gemma-3-1b-it", 6, {"sliding_window": 128}),
     "Qwen3 0.6B": Released("Qwen__Qwen3-0.6B", 4),
     "Llama 3.2 1B": Released("meta-llama__Llama-3.2-1B-Instruct", 2),
+    "Command R7B": Released(
+        "CohereLabs__c4ai-command-r7b-12-2024.derived",
+        changed={
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 128,
+            "vocab_size": 4093,
+        },
+    ),
 }
 WHOLE_IN_BFLOAT16 = ("Gemma 3 270M", "bfloat16")
 IN_BOTH_DTYPES = [(name, dtype) for name in RELEASED for dtype in ("float32", "bfloat16")]

@@ -16,22 +16,15 @@ import pytest
 import torch
 
 from parity_tests.conftest import CheckpointMaker
-from parity_tests.harness.faulty import FAULTS
+from parity_tests.harness.conftest import CULPRIT, asked
 from portkit.cli import main
 from portkit.errors import ReportError
-from portkit.loading import load
 from portkit.parity import report
-from portkit.parity.compare import compare
 from portkit.parity.judge import Verdict
 from portkit.parity.ledger import SiteAccount
-from portkit.parity.probing import quick_probe
-from portkit.parity.reference import load_reference
 from portkit.parity.result import NotVerified, ParityResult
-from portkit.parity.schema import as_fields
-from portkit.parity.sites import PortSide, SiteTable
 
 NASTY = "<script>alert('|`x`')</script>\x00\ud800"
-CULPRIT = FAULTS["kernel scaled"].site
 
 
 class Page(HTMLParser):
@@ -57,25 +50,6 @@ class Page(HTMLParser):
                 yield (attributes["class"] or "").split(), attributes["title"] or ""
 
 
-def asked(result: ParityResult, repo: str = "a/model") -> report.Asked:
-    around = {"versions": {"torch": "2.x"}, "gate": "exact", "device": "cpu", "threads": 1}
-    return report.Asked(repo, f"portkit parity {repo}", {**around, **as_fields(result)})
-
-
-@pytest.fixture(scope="module")
-def diverged(tiny_checkpoint: CheckpointMaker) -> ParityResult:
-    torch.set_num_threads(1)
-    folder = tiny_checkpoint("gemma3 shallow", torch.bfloat16)
-    loaded = load(folder)
-    FAULTS["kernel scaled"].plant(loaded.model)
-    probe = quick_probe(loaded.model)
-    table = SiteTable(loaded.architecture.sites)
-    reference = load_reference(folder, torch.bfloat16, "sdpa")
-    found = compare(PortSide(loaded.model, probe.longest), reference, table, probe)
-    left_out = NotVerified("left padding", "no row of it"), NotVerified("far", "none", True)
-    return ParityResult((found,), None, left_out, ("a note",))
-
-
 @pytest.fixture(scope="module")
 def written(diverged: ParityResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
@@ -98,7 +72,9 @@ def test_the_page_has_every_site_in_its_place(diverged: ParityResult, written: P
     assert sum("c" in classes for classes, _ in cells) == carried > 10
     assert sum("q" in classes for classes, _ in cells) == len(cells) - carried - 55  # parameters
     for layer in range(4):
-        assert f"model.layers.{layer}" in page.words
+        assert f"layer {layer}" in page.words
+    rows = [a["title"] for tag, a in page.tags if tag == "th" and "title" in a]
+    assert "model.layers.3" in rows
     for column in (".self_attn#context", ".mlp.down_proj:in", "output", "#logits", ".weight"):
         assert column in page.words, column
     (said,) = (title for classes, title in cells if classes[0] == "d")
@@ -122,7 +98,10 @@ def test_the_page_says_what_diverged_and_what_was_not_seen(
     assert f"{first.floor:.1e}" in page.words
     assert "function: it computes another function" in page.text
     assert page.text.index("Not verified") < page.text.index("What diverged")
-    lines = [attributes["points"] for tag, attributes in page.tags if tag == "polyline"]
+    floors, *lines = [attributes["points"] for tag, attributes in page.tags if tag == "polyline"]
+    bars = [attributes for tag, attributes in page.tags if tag == "rect"]
+    assert len((floors or "").split()) >= 2 * len(bars) > 10
+    assert sum(float(one["height"] or 0) == 120.0 for one in bars) <= 1
     assert [len((one or "").split()) for one in lines] == [80, 80]  # of 160 channels, in pairs
     heights = [float(point.split(",")[1]) for point in f"{lines[0]} {lines[1]}".split()]
     assert 0 <= min(heights) < max(heights) <= 120
@@ -132,7 +111,7 @@ def test_the_page_asks_for_nothing_from_outside(written: Path) -> None:
     text = (written / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     reached = [a.get(name) for _, a in page.tags for name in ("src", "href", "action", "srcset")]
-    assert {one for one in reached if one} == {"data:,"}
+    assert {one for one in reached if one} == {"data:,", "#bfloat16-0"}
     assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttp|<script [^>]*src", text)
     policy = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
     assert policy

@@ -1,7 +1,7 @@
-"""Root-mean-square norms. Two conventions for the learned weight, hence two modules.
+"""Norms over the last dimension: root-mean-square ones, and a layer norm without bias.
 
-Both normalise in float32 whatever comes in (Zhang & Sennrich 2019, arXiv:1910.07467):
-`x * rsqrt(mean(x**2) + eps)` over the last dimension. They differ in where the weight is applied,
+All normalise in float32 whatever comes in; RMS norms (Zhang & Sennrich 2019, arXiv:1910.07467) by
+`x * rsqrt(mean(x**2) + eps)`. They differ in where the weight is applied, hence a module each:
 which no test at float32 sees and every test at bfloat16 does.
 """
 
@@ -41,6 +41,29 @@ class UnitOffsetRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         normed = _normalise(hidden_states, self.eps) * (1.0 + self.weight.float())
         return normed.to(hidden_states.dtype)
+
+
+class CentredLayerNorm(nn.Module):
+    """`weight * (x - mean) * rsqrt(var + eps)`: all of it in float32, the cast last, no bias.
+
+    Layer normalisation (Ba et al. 2016, arXiv:1607.06450) by the biased variance. torch's own
+    `layer_norm` sums in another order and differs in the last bits. Shapes: (..., size) to
+    (..., size).
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.float()
+        mean = x.mean(-1, keepdim=True)
+        # The mean is taken off twice, as the reference does: how often it is decides the order in
+        # which its gradient is summed.
+        variance = (x - mean).pow(2).mean(-1, keepdim=True)
+        normed = (x - mean) * torch.rsqrt(variance + self.eps)
+        return (self.weight.float() * normed).to(hidden_states.dtype)
 
 
 def _normalise(x: Tensor, eps: float) -> Tensor:

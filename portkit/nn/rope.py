@@ -45,9 +45,19 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[..., None].float() * inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = self.spread(positions[..., None].float() * inv_freq)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
+
+    def spread(self, angles: Tensor) -> Tensor:
+        """(…, head_dim/2) to (…, head_dim): the angle of each channel, for `rotate`."""
+        return torch.cat((angles, angles), dim=-1)
+
+
+class InterleavedRotaryEmbedding(RotaryEmbedding):
+    """The same tables for `rotate_interleaved`: channels 2i and 2i + 1 have an angle in common."""
+
+    def spread(self, angles: Tensor) -> Tensor:
+        return angles.repeat_interleave(2, dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -61,6 +71,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # The second half is taken first, as the reference does: the order decides how x's gradient is
     # laid out in memory, and so the order of the sum behind it, a norm's gradient.
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (batch, heads, tokens, head_dim), pairing channel 2i with 2i + 1; in float32.
+
+    `cos` and `sin`, (batch, tokens, head_dim), come rounded to x's dtype; products and sum are of
+    float32 and the cast back is the only rounding, unlike in `rotate`.
+    """
+    cos, sin = cos[:, None], sin[:, None]
+    wide = x.float()
+    turned = torch.stack((-wide[..., 1::2], wide[..., ::2]), dim=-1).flatten(-2)
+    return (wide * cos + turned * sin).to(x.dtype)
 
 
 def inverse_frequencies(head_dim: int, rope: RopeParameters) -> tuple[Tensor, float]:

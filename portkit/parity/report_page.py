@@ -9,25 +9,30 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from jinja2 import Environment, PackageLoader
-from torch import Tensor
 
 from portkit.parity import summary
+from portkit.parity.detail import (
+    MOST_DETAILED,
+    ChannelError,
+    Distribution,
+    distribution,
+    worst_channels,
+)
 from portkit.parity.judge import FLOOR_FACTOR, Judgement, Verdict, relative
-from portkit.parity.ledger import Distance, PassRecord, SiteAccount
+from portkit.parity.ledger import PassRecord, SiteAccount
+from portkit.parity.pictures import Bars, Lines, bars, lines
 from portkit.parity.probe import Probe
 from portkit.parity.result import Comparison, ParityResult
 
 _LEVELS = (FLOOR_FACTOR, 10.0, 1e2, 1e4)
 """Bounds, as multiples of the floor, between the shades of an error."""
-_MOST_CULPRITS, _MOST_NAMED, _MOST_RECORDS = 12, 200, 4
-_POINTS = 120
-"""Of a picture by channel: neighbours are pooled until there are no more."""
+_MOST_NAMED, _MOST_RECORDS = 200, 4
 _PARAMETER = " (parameter)"
+_LAYER_ROW = re.compile(r"^.*\blayers\.(?=\d+$)")
 _LAYER = re.compile(r"(.*\blayers\.\d+)\b(.*)")
 
 
@@ -37,6 +42,8 @@ class _Cell:
     """Classes: `e`, `r` or `d` and a level for the local error, `q` or `c` and one for carried.
     A parameter has the first alone, in either view."""
     said: str
+    anchor: str = ""
+    """Where more is told of it; empty where nothing is."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +54,19 @@ class _Map:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """Distances by channel on a logarithmic scale, in a box of 600 by 120."""
-
-    port: str
-    floor: str
-    ticks: tuple[tuple[float, str], ...]
-    num_channels: int
-    pooled: int
-    worst: str
-
-
-@dataclass(frozen=True)
 class _Culprit:
     judgement: Judgement
+    anchor: str
+    cause: str
+    """Empty where none was found."""
     kind: str
     carried: str
     account: SiteAccount
     records: list[PassRecord]
-    picture: _Picture | None
+    distribution: Distribution | None
+    bars: Bars | None
+    channels: list[ChannelError]
+    lines: Lines | None
 
 
 def page(result: ParityResult, repo: str, command: str, printed: Mapping[str, Any]) -> str:
@@ -76,7 +77,9 @@ def page(result: ParityResult, repo: str, command: str, printed: Mapping[str, An
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["label"] = lambda row: _LAYER_ROW.sub("layer ", row)
     environment.filters["figure"] = lambda value: summary.figure(value) or "none"
+    causes = {(one["dtype"], one["site"]): one["cause"] for one in printed["culprits"]}
     return environment.get_template("report.html.j2").render(
         result=result,
         repo=repo,
@@ -87,8 +90,11 @@ def page(result: ParityResult, repo: str, command: str, printed: Mapping[str, An
             {
                 "found": one,
                 "maps": _maps(one),
-                "culprits": [_culprit(one, each) for each in one.culprits[:_MOST_CULPRITS]],
-                "others": [each.site for each in one.culprits[_MOST_CULPRITS:][:_MOST_NAMED]],
+                "culprits": [
+                    _culprit(one, each, causes.get((one.dtype, each.site)))
+                    for each in one.culprits[:MOST_DETAILED]
+                ],
+                "others": [each.site for each in one.culprits[MOST_DETAILED:][:_MOST_NAMED]],
                 "passes": list(_passes(one.probe)),
             }
             for one in result.comparisons
@@ -103,9 +109,11 @@ def _maps(comparison: Comparison) -> list[_Map]:
         "Around the layers": {},
         "Parameters as loaded": {},
     }
+    told = {one.site: _anchor(comparison, one) for one in comparison.culprits[:MOST_DETAILED]}
     for one in comparison.judgements:
         title, row, column = _place(one.site)
-        maps[title].setdefault(row, {})[column] = _cell(one, comparison.accounts[one.site])
+        cell = _cell(one, comparison.accounts[one.site])
+        maps[title].setdefault(row, {})[column] = replace(cell, anchor=told.get(one.site, ""))
     return [
         _Map(title, tuple(dict.fromkeys(column for row in rows.values() for column in row)), rows)
         for title, rows in maps.items()
@@ -151,62 +159,29 @@ def _level(error: float | None, floor: float | None) -> int:
     return sum(error / floor > bound for bound in _LEVELS)
 
 
-def _culprit(comparison: Comparison, one: Judgement) -> _Culprit:
+def _culprit(comparison: Comparison, one: Judgement, cause: Mapping[str, Any] | None) -> _Culprit:
     account = comparison.accounts[one.site]
     kind = one.kind or "function"
     carried = summary.figure(relative(account.carried_error, account.truth))
+    spread = distribution(account)
     return _Culprit(
         judgement=one,
+        anchor=_anchor(comparison, one),
+        cause=summary.said_cause(cause),
         kind=f"{kind}: {summary.KINDS[kind]}{summary.evidence(one)}",
         carried=(carried or "differs") if account.carried else "equal",
         account=account,
         records=account.unequal[:_MOST_RECORDS],
-        picture=_picture(account),
+        distribution=spread,
+        bars=None if spread is None else bars(spread),
+        channels=worst_channels(account),
+        lines=lines(account),
     )
 
 
-def _picture(account: SiteAccount) -> _Picture | None:
-    """The port's distance from the truth and the reference's own, by channel; None without them."""
-    truth = account.truth.per_channel
-    if truth is None or account.port.per_channel is None or not account.floors:
-        return None
-    pooled = math.ceil(len(truth) / _POINTS)
-    port = _by_channel(account.port, truth, pooled)
-    floor = torch.stack([_by_channel(o, truth, pooled) for o in account.floors.values()]).amax(0)
-    both = torch.cat([port, floor])
-    measured = both[both.isfinite() & (both > 0)].log10()
-    low = math.floor(float(measured.min())) if len(measured) else -1
-    high = max(math.ceil(float(measured.max())) if len(measured) else 0, low + 1)
-    ticks = tuple(
-        (120 * (high - power) / (high - low), f"1e{power}") for power in sorted({low, high})
-    )
-    worst = int((port / floor.clamp(min=10.0**low)).nan_to_num(nan=math.inf).argmax())
-    last = min(len(truth), (worst + 1) * pooled) - 1
-    return _Picture(
-        port=_line(port, low, high),
-        floor=_line(floor, low, high),
-        ticks=ticks,
-        num_channels=len(truth),
-        pooled=pooled,
-        worst=f"{worst * pooled}" if pooled == 1 else f"{worst * pooled} to {last}",
-    )
-
-
-def _by_channel(distance: Distance, truth: Tensor, pooled: int) -> Tensor:
-    """Relative RMS of so many neighbouring channels together, (points,)."""
-    channels = truth.new_zeros(len(truth)) if distance.per_channel is None else distance.per_channel
-    sums, whole = (
-        torch.nn.functional.pad(one, (0, -len(one) % pooled)).view(-1, pooled).sum(1)
-        for one in (channels, truth)
-    )
-    return (sums / whole.where(whole > 0, 1.0)).sqrt()
-
-
-def _line(values: Tensor, low: int, high: int) -> str:
-    step = 600 / max(1, len(values) - 1)
-    places = values.nan_to_num(nan=math.inf).log10().clamp(low, high)
-    heights = (120 * (high - places) / (high - low)).tolist()
-    return " ".join(f"{step * i:.0f},{height:.1f}" for i, height in enumerate(heights))
+def _anchor(comparison: Comparison, one: Judgement) -> str:
+    """What a site's cell points at; names of sites are foreign, so their number stands for them."""
+    return f"{comparison.dtype}-{comparison.culprits.index(one)}"
 
 
 def _passes(probe: Probe) -> Iterator[dict[str, Any]]:

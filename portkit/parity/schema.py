@@ -1,7 +1,7 @@
 """A parity result in plain values, for machines: what `portkit parity --json` prints.
 
-Errors are relative RMS; a number that is not finite is null. Keys that others rely on are listed in
-docs/design.md.
+Errors are relative RMS; a number that is not finite is null. `parity.schema.json` beside this file
+says what every key holds, and docs/parity-json.md explains them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from portkit.parity import detail
 from portkit.parity.judge import Judgement
 from portkit.parity.probe import as_json
 from portkit.parity.result import Comparison, ParityResult
+
+_DETAILS = ("distribution", "worst_tokens", "worst_channels")
 
 
 def as_fields(result: ParityResult) -> dict[str, Any]:
     """The result's own part of the object; the command adds what it was asked."""
     main = result.comparisons[0]
-    culprits = [_culprit(each, one) for each in result.comparisons for one in each.culprits]
+    culprits = [
+        _culprit(each, one, in_full=number < detail.MOST_DETAILED)
+        for each in result.comparisons
+        for number, one in enumerate(each.culprits)
+    ]
     return {
         "verdict": result.verdict,
         "dtype": main.dtype,
@@ -43,7 +50,7 @@ def as_fields(result: ParityResult) -> dict[str, Any]:
     }
 
 
-def _culprit(comparison: Comparison, one: Judgement) -> dict[str, Any]:
+def _culprit(comparison: Comparison, one: Judgement, in_full: bool) -> dict[str, Any]:
     account = comparison.accounts[one.site]
     worst = [
         {"pass": record.name, **{k: _finite(v) for k, v in vars(value).items()}}
@@ -62,6 +69,7 @@ def _culprit(comparison: Comparison, one: Judgement) -> dict[str, Any]:
         "misshapen": account.misshapen,
         "worst": worst[:6],
         "cause": None,
+        **(_all_finite(detail.as_json(account)) if in_full else dict.fromkeys(_DETAILS)),
     }
 
 
@@ -85,6 +93,12 @@ def _generation(result: ParityResult) -> dict[str, Any] | None:
             "is_rounding": first.is_rounding,
         },
     }
+
+
+def _all_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _all_finite(one) for key, one in value.items()}
+    return [_all_finite(one) for one in value] if isinstance(value, list) else _finite(value)
 
 
 def _finite(value: Any) -> Any:

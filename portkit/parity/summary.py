@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
+from typing import Any
 
 from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict
 from portkit.parity.ledger import Worst
@@ -102,10 +103,8 @@ def figure(value: float | None) -> str:
 
 def side_by_side(one: Worst) -> str:
     """A value that differs: its place, and what either side has there."""
-    return (
-        f"row {one.row}, position {one.position}, {one.place}: "
-        f"port {one.port:.9g}, reference {one.reference:.9g}"
-    )
+    token = "" if one.row is None else f"row {one.row}, position {one.position}, "
+    return f"{token}{one.place}: port {one.port:.9g}, reference {one.reference:.9g}"
 
 
 def in_passes(one: Judgement) -> str:
@@ -195,6 +194,13 @@ def _opened(name: str, members: list[Judgement]) -> list[Row]:
     if len(unequal) > _OPENED_SITES:
         rows.append((f"  and {len(unequal) - _OPENED_SITES} more", "", "", "", "", ""))
     return rows
+
+
+def said_cause(cause: Mapping[str, Any] | None) -> str:
+    """A culprit's cause in a sentence; nothing where none was found."""
+    if cause is None:
+        return ""
+    return str(cause.get("sentence") or cause["fault"])
 
 
 def evidence(one: Judgement) -> str:
