@@ -151,7 +151,7 @@ class _Comparing:
     def _logits(self, side: Side, one: Pass, caches: dict[str, Any]) -> Tensor:
         logits = side.run(one, caches)
         if one.name not in self._continued:
-            del caches[one.name]  # all passes' together would outweigh the largest of them
+            caches.pop(one.name, None)  # all passes' together would outweigh the largest of them
         return logits
 
     def _run_freely(self, recording: Recording) -> None:

@@ -77,7 +77,9 @@ def compare_generation(
     first, own = None, tuple(tokens)
     if differing:
         step = differing[0]
-        first = _first_difference(reference, prompt, tokens, step, ours[step].double(), theirs[step].double())
+        first = _first_difference(
+            reference, prompt, tokens, step, ours[step].double(), theirs[step].double()
+        )
         own = tuple(_greedy(port, prompt, num_tokens)[0])
     return GenerationParity(
         tuple(prompt),
