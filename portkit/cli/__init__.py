@@ -22,6 +22,7 @@ from typer.exceptions import Abort, Exit, TyperException
 from portkit.cli import (
     bench,
     demo,
+    faults,
     generate,
     import_,
     inspect,
@@ -60,6 +61,7 @@ for name, verb in {
     "load": load,
     "inspect": inspect,
     "parity": parity,
+    "faults": faults,
     "generate": generate,
     "train": train,
     "plot": plot,

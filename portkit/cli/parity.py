@@ -32,6 +32,12 @@ class Gate(StrEnum):
     rounding = "rounding"
 
 
+class Amount(StrEnum):
+    full = "full"
+    sampled = "sampled"
+    off = "off"
+
+
 GateOption = Annotated[
     Gate | None,
     typer.Option(
@@ -74,6 +80,10 @@ Out = Annotated[
         "report are replaced.",
     ),
 ]
+Faults = Annotated[
+    Amount,
+    typer.Option("--faults", help="How many known mistakes to try: would the probe see them?"),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of the probe's token ids.")]
 
 
@@ -95,14 +105,13 @@ def command(
     threads: Threads = 1,
     seed: Seed = 0,
     ignore_config: options.IgnoreConfig = None,
+    faults: Faults = Amount.full,
     out: Out = None,
     json: options.Json = False,
 ) -> None:
     """Hold every activation of the port against the reference in Transformers."""
-    if sum((prompt is not None, tokens is not None, quick, thorough)) > 1:
-        raise typer.BadParameter("--prompt, --tokens, --quick and --thorough: choose one")
     kept = None if layers is None else _range(layers)
-    choose = _choice(prompt, tokens, quick, thorough, seed)
+    choose = probe_choice(prompt, tokens, quick, thorough, seed)
 
     import torch
 
@@ -116,6 +125,7 @@ def command(
     if out is not None:
         report.open_folder(out)
     torch.set_num_threads(threads)
+    passing = gate or (Gate.exact if where.type == "cpu" else Gate.rounding)
     question = Question(
         repo,
         revision=revision,
@@ -125,11 +135,12 @@ def command(
         reference_attention=reference_attention,
         layers=kept,
         ignore_config=tuple(ignore_config or ()),
+        gate=passing,
+        faults=faults,
         choose_probe=choose,
     )
-    result = prove(question, tell=_tell)
-    _tell("")
-    passing = gate or (Gate.exact if where.type == "cpu" else Gate.rounding)
+    result = prove(question, tell=tell)
+    tell("")
     answered = {"gate": passing, "device": where.type, "threads": threads}
     fields = {**answered, **schema.as_fields(result)}
     if out is not None:
@@ -170,10 +181,12 @@ def _range(layers: str) -> range:
     return range(int(found[1]), int(found[2] or found[1]) + 1)
 
 
-def _choice(
+def probe_choice(
     prompt: str | None, tokens: Path | None, quick: bool, thorough: bool, seed: int
 ) -> Callable[[LoadedModel], Probe]:
     """How the probe is chosen once the model is known; a file is read at once."""
+    if sum((prompt is not None, tokens is not None, quick, thorough)) > 1:
+        raise typer.BadParameter("--prompt, --tokens, --quick and --thorough: choose one")
     saved = None if tokens is None else _read_tokens(tokens)
 
     def choose(loaded: LoadedModel) -> Probe:
@@ -220,7 +233,7 @@ def _read_tokens(file: Path) -> list[int] | dict[str, object]:
     )
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 

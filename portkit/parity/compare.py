@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from portkit.parity.judge import judge
+from portkit.parity.kill import KillMatrix
 from portkit.parity.ledger import (
     LOGITS,
     Ledger,
@@ -40,9 +41,14 @@ def compare(
     table: SiteTable,
     probe: Probe,
     tell: Tell = lambda _: None,
+    matrix: KillMatrix | None = None,
 ) -> Comparison:
-    """Run `probe` on both sides and judge every site. `tell` is given a line for each step."""
+    """Run `probe` on both sides and judge every site. `tell` is given a line for each step.
+
+    `matrix` is shown what the reference had, and tells what became of its faults.
+    """
     comparing = _Comparing(port, reference, table, probe)
+    comparing.matrix = matrix
     comparing.parameters()
     for group in _groups(probe):
         for one in group:
@@ -60,6 +66,7 @@ def compare(
             NotVerified(f"{name}: the same function", f"the port cannot run in float64: {reason}")
             for name, reason in comparing.truth.unasked.items()
         ),
+        () if matrix is None else matrix.fates(),
     )
 
 
@@ -89,9 +96,12 @@ class _Comparing:
         self, port: PortSide, reference: Reference, table: SiteTable, probe: Probe
     ) -> None:
         self.port, self.reference, self.table = port, reference, table
-        composite = (n for n, m in port.module_sites().items() if any(True for _ in m.children()))
+        composite = {
+            name.rpartition(".")[0] for name in port.module_sites() if table.dims(name) is not None
+        }
         self.ledger = Ledger(table, composite)
         self.truth = Truth(port, reference, table, self.ledger)
+        self.matrix: KillMatrix | None = None
         self._recordings: list[Recording] = []
         self._compares_logits = table.dims("lm_head") is not None
         self._reference_caches: dict[str, Any] = {}
@@ -104,14 +114,13 @@ class _Comparing:
     @torch.no_grad()
     def parameters(self) -> None:
         """Both sides read the same file, each by its own map: what they hold is compared first."""
-        theirs = {
-            f"{name}.{own}": parameter
-            for name, module in self.reference.module_sites().items()
-            for own, parameter in module.named_parameters(recurse=False)
+        declared = {
+            name: parameter
+            for name, parameter in self.port.model.named_parameters(remove_duplicate=False)
+            if self._observes(name)
         }
-        for name, ours in self.port.model.named_parameters(remove_duplicate=False):
-            if self.table.dims(name.rpartition(".")[0]) is None:
-                continue
+        theirs = self.reference.parameters(declared)
+        for name, ours in declared.items():
             account = self.ledger.parameter(name)
             held = theirs.get(name)
             if held is None:
@@ -120,6 +129,13 @@ class _Comparing:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
             elif not torch.equal(ours, held):
                 account.unequal.append(difference_as_loaded(account, ours, held))
+
+    def _observes(self, parameter: str) -> bool:
+        """Whether a parameter's module is declared, or of a list of them the module that has it."""
+        module = parameter.rpartition(".")[0]
+        if isinstance(self.port.module_sites()[module], nn.ParameterList):
+            module = module.rpartition(".")[0]
+        return self.table.dims(module) is not None
 
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""
@@ -137,7 +153,11 @@ class _Comparing:
             logits = self._logits(self.reference, one, self._reference_caches)
         if self._compares_logits:
             trace[LOGITS] = logits
+        for name in trace:  # in the reference's order, also what the port turns out not to have
+            self.ledger.site(name)
         del logits
+        if self.matrix is not None:
+            self.matrix.see(one, trace)
         recording = Recording(one, trace, calls, Calls())
         self._run_freely(recording)
         self._run_taught(recording)

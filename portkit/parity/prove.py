@@ -18,11 +18,13 @@ from portkit.errors import OutOfMemory, PortkitError
 from portkit.loading import LoadedModel, draw, materialize, open_checkpoint, resolve_dtype
 from portkit.parity.compare import Tell, compare
 from portkit.parity.generation import NUM_TOKENS, GenerationParity, compare_generation
+from portkit.parity.kill import KillMatrix, kill_matrix
 from portkit.parity.probe import Probe, check_fits
 from portkit.parity.probing import default_probe, unexercised
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
 from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.teeth import Teeth, chosen, merged
 from portkit.tokenizer import Tokenizer
 
 CARE = torch.bfloat16
@@ -45,6 +47,10 @@ class Question:
     layers: range | None = None
     """The layers to hold against the truth; None: all, and what is around them."""
     ignore_config: tuple[str, ...] = ()
+    gate: str = "exact"
+    """By which the faults of the catalogue are judged."""
+    faults: str = "full"
+    """How many of them are tried: full, sampled or off."""
     choose_probe: Callable[[LoadedModel], Probe] = lambda loaded: default_probe(loaded.model)
 
 
@@ -61,7 +67,33 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
                 comparisons=(*result.comparisons, beside),
                 not_verified=(*result.not_verified, *beside.not_verified),
             )
-    return result
+    if question.faults == "off":
+        return result
+    found = merged([one.fates for one in result.comparisons])
+    return replace(result, teeth=found, not_verified=(*result.not_verified, *_uncaught(found)))
+
+
+def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Teeth]:
+    """What the question's probe would have caught, without running the port."""
+    checkpoint = open_checkpoint(question.repo, question.revision)
+    asked = resolve_dtype(question.dtype, checkpoint)
+    fates, probes = [], []
+    with _memory_watched():
+        for dtype in dict.fromkeys((asked, CARE)):
+            loaded, reference, probe = _prepare(question, checkpoint, dtype, tell)
+            probe = probe if dtype == asked else _care_probe(probe)
+            table, moved = _table(question, loaded), _moved(loaded, probe)
+            fates.append(kill_matrix(reference, table, moved, question.gate, tell))
+            probes.append(probe)
+    return probes[0], merged(fates)
+
+
+def _uncaught(found: Teeth) -> Iterator[NotVerified]:
+    """Faults that only a larger probe would show. What it lacks is listed too, and decides."""
+    for one in found.survived:
+        assert one.survived is not None, "it survived"
+        if one.survived.startswith("beyond"):
+            yield NotVerified(f"fault {one.fault.id}", one.survived)
 
 
 def _prove_in(
@@ -85,10 +117,14 @@ def _prove_in(
 def _care(question: Question, checkpoint: Checkpoint, tell: Tell) -> Comparison:
     """Again in bfloat16; of a complete probe the passes that run every module, near and far."""
     loaded, reference, probe = _prepare(question, checkpoint, CARE, tell)
-    if probe.is_complete:
-        passes = tuple(one for one in probe if one.name in _CARE_PASSES)
-        probe = Probe("bfloat16", passes or probe.passes)
-    return _compare(question, loaded, reference, probe, tell)
+    return _compare(question, loaded, reference, _care_probe(probe), tell)
+
+
+def _care_probe(probe: Probe) -> Probe:
+    if not probe.is_complete:
+        return probe
+    passes = tuple(one for one in probe if one.name in _CARE_PASSES)
+    return Probe("bfloat16", passes or probe.passes)
 
 
 def _prepare(
@@ -121,10 +157,19 @@ def _load(
 def _compare(
     question: Question, loaded: LoadedModel, reference: Reference, probe: Probe, tell: Tell
 ) -> Comparison:
+    moved, table = _moved(loaded, probe), _table(question, loaded)
+    faults = chosen(question.faults)
+    matrix = KillMatrix(reference, table, moved, question.gate, faults) if faults else None
+    return compare(PortSide(loaded.model, probe.longest), reference, table, moved, tell, matrix)
+
+
+def _moved(loaded: LoadedModel, probe: Probe) -> Probe:
     device = next(loaded.model.parameters()).device
-    moved = replace(probe, passes=tuple(one.to(device) for one in probe))
-    table = SiteTable(loaded.architecture.sites, question.layers)
-    return compare(PortSide(loaded.model, probe.longest), reference, table, moved, tell)
+    return replace(probe, passes=tuple(one.to(device) for one in probe))
+
+
+def _table(question: Question, loaded: LoadedModel) -> SiteTable:
+    return SiteTable(loaded.architecture.sites, question.layers)
 
 
 def _generate(loaded: LoadedModel, reference: Reference, probe: Probe) -> GenerationParity:

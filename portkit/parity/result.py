@@ -14,7 +14,9 @@ from portkit.parity.ledger import SiteAccount
 
 if TYPE_CHECKING:
     from portkit.parity.generation import GenerationParity
+    from portkit.parity.kill import Fate
     from portkit.parity.probe import Probe
+    from portkit.parity.teeth import Teeth
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Comparison:
     judgements: tuple[Judgement, ...]
     accounts: dict[str, SiteAccount]
     not_verified: tuple[NotVerified, ...] = ()
+    fates: tuple[Fate, ...] = ()
+    """What became of each fault of the catalogue that was tried."""
 
     @property
     def verdict(self) -> Verdict:
@@ -61,6 +65,8 @@ class ParityResult:
     not_verified: tuple[NotVerified, ...] = ()
     notes: tuple[str, ...] = field(default=())
     """What was done to be able to compare, such as a config that was patched for the reference."""
+    teeth: Teeth | None = None
+    """What the probe would have caught; None where it was not asked."""
 
     @property
     def verdict(self) -> Verdict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from portkit.parity import detail
+from portkit.parity import detail, teeth
 from portkit.parity.judge import Judgement
 from portkit.parity.probe import as_json
 from portkit.parity.result import Comparison, ParityResult
@@ -47,6 +47,7 @@ def as_fields(result: ParityResult) -> dict[str, Any]:
         "generation": _generation(result),
         "not_verified": [{"name": one.name, "reason": one.reason} for one in result.not_verified],
         "notes": list(result.notes),
+        "faults": None if result.teeth is None else teeth.counts(result.teeth),
     }
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from portkit.architecture import CausalLM, Site
+from portkit.nn.moe import Routing
 from portkit.nn.rope import RotaryEmbedding
 from portkit.parity.probe import Pass
 from portkit.weights import Template
@@ -28,6 +29,7 @@ from portkit.weights import Template
 Visit = Callable[[str, Tensor], Tensor]
 
 QKV = ("query", "key", "value")
+EXPERTS = "#experts"
 
 
 class Side(Protocol):
@@ -42,6 +44,10 @@ class Side(Protocol):
 
     def module_sites(self) -> Mapping[str, nn.Module]:
         """Modules by the text-only reference's names."""
+        ...
+
+    def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
+        """Visit what a module returns: its first tensor, or a router's logits and choice."""
         ...
 
     def watch_attention(self, visit: Visit) -> Any:
@@ -101,23 +107,21 @@ def watching(side: Side, table: SiteTable, visit: Visit) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in side.module_sites().items():
             if table.dims(name) is not None:
-                for handle in _hooks(name, module, declared):
+                for handle in _hooks(side, name, module, declared):
                     stack.callback(handle.remove)
         stack.enter_context(side.watch_attention(declared))
         stack.enter_context(side.watch_tables(declared))
         yield
 
 
-def _hooks(name: str, module: nn.Module, visit: Visit) -> list[Any]:
+def _hooks(side: Side, name: str, module: nn.Module, visit: Visit) -> list[Any]:
     roles = _Roles(module)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return roles.visit(args, kwargs, lambda role, tensor: visit(f"{name}:in{role}", tensor))
 
     def after(_: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> Any:
-        if isinstance(output, tuple):  # the reference's attention also returns its weights
-            return (visit(name, output[0]), *output[1:])
-        return visit(name, output)
+        return side.visit_output(name, output, visit)
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -197,6 +201,22 @@ def visit_inputs(
     return query, key, value, mask
 
 
+def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
+    """Visit a router's logits, under its own name, and then its choice, under its block's.
+
+    The choice is always the weights of all experts, zero where not chosen, whatever form a router
+    gives it in. One that the visitor leaves as it is keeps its form.
+    """
+    logits = visit(router, routing.logits)
+    weights, experts = routing.weights, routing.experts
+    effective = torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, experts, weights)
+    seen = visit(router.rpartition(".")[0] + EXPERTS, effective)
+    if seen is not effective:
+        most = int((seen != 0).sum(-1).max())
+        weights, experts = seen.topk(max(1, most))
+    return Routing(logits, weights, experts)
+
+
 class PortSide:
     """Our own model. `length`: how many tokens its caches are made for."""
 
@@ -215,6 +235,11 @@ class PortSide:
 
     def module_sites(self) -> Mapping[str, nn.Module]:
         return self._modules
+
+    def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
+        if isinstance(output, Routing):
+            return visit_routing(name, visit, output)
+        return visit(name, output)
 
     @contextmanager
     def watch_attention(self, visit: Visit) -> Iterator[None]:

@@ -39,7 +39,8 @@ def headline(result: ParityResult) -> list[str]:
             f"{one.dtype}: {one.num_exact:,} of {len(one.judgements):,} sites equal in every bit "
             f"over {passes} passes of {tokens:,} tokens"
         )
-    return [*lines, *_generation(result)]
+    caught = [] if result.teeth is None else [f"this probe {result.teeth.line}"]
+    return [*lines, *_generation(result), *caught]
 
 
 def groups(comparison: Comparison) -> dict[str, list[Judgement]]:

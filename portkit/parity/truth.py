@@ -27,7 +27,8 @@ from portkit.parity.precision import (
 )
 from portkit.parity.probe import Pass
 from portkit.parity.reference import Reference, additive
-from portkit.parity.sites import QKV, Side, SiteTable, Visit, watching
+from portkit.parity.routing import compared_tokens, logits_before
+from portkit.parity.sites import EXPERTS, QKV, Side, SiteTable, Visit, watching
 from portkit.parity.spread import token_sums
 
 Look = Callable[[str, Tensor], None]
@@ -65,6 +66,10 @@ class Truth:
         """Add all sites of these passes; each block is upcast once for all of them."""
         for one in recordings:
             self._judge_tables(one)
+        with self.reference.plain_experts():
+            self._judge_blocks(recordings)
+
+    def _judge_blocks(self, recordings: Sequence[Recording]) -> None:
         for name, theirs in self._theirs.items():
             ours = self._ours.get(name)
             if isinstance(theirs, nn.Embedding):
@@ -159,6 +164,9 @@ class Truth:
         """Add a site's truth, and how far both sides are from it in the dtype under test."""
         if name not in one.seen or not truth.is_floating_point():
             return
+        if name.endswith(EXPERTS):
+            self._hold_choice(one, name, truth)
+            return
         account, whole = self.ledger.site(name), one.trace[name]
         held = rows(truth, account.dims, one.run)
 
@@ -178,6 +186,27 @@ class Truth:
             sums = token_sums(ours, own, held)
             before = one.by_token.get(name)
             one.by_token[name] = sums if before is None else before + sums
+
+    def _hold_choice(self, one: Recording, name: str, truth: Tensor) -> None:
+        """The same for a router's choice, of the tokens whose weights can be compared."""
+        account = self.ledger.site(name)
+
+        def of(tensor: Tensor) -> Tensor:
+            return rows(tensor, account.dims, one.run).double()
+
+        recorded, by = one.trace[name], logits_before(name, one.trace)
+        exact, theirs, ours = map(of, (truth, recorded, one.unequal.get(name, recorded)))
+        logits = (of(one.unequal[by]), of(one.trace[by])) if by in one.unequal else None
+        floor, port = compared_tokens(exact, theirs, ours, logits)
+        own = (theirs - exact).where(floor[:, None], 0)
+        ours = (ours - exact).where(port[:, None], 0)
+        account.truth.add(squares_of(exact[floor]), int(floor.sum()))
+        account.floors[self.reference.attention].add(squares_of(own), int(floor.sum()))
+        account.port.add(squares_of(ours), int(port.sum()))
+        if name in one.unequal:
+            account.spread.add(ours)
+            account.floor_spread.add(own)
+            one.by_token[name] = token_sums(ours, own, exact)
 
     def _ask(
         self,
@@ -231,6 +260,7 @@ class _Within:
             if name == block or name.startswith(f"{block}.")
         }
         self.run, self.watch_attention = side.run, side.watch_attention
+        self.visit_output = side.visit_output
         self.table_modules = side.table_modules
 
     def module_sites(self) -> Mapping[str, nn.Module]:
