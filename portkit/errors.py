@@ -62,6 +62,10 @@ class ProbeError(PortkitError):
     """A probe that cannot be read, or that a model cannot be asked: no such token or position."""
 
 
+class TraceError(PortkitError):
+    """A trace file that cannot be read or written, or is of another model or probe."""
+
+
 class ReportError(PortkitError):
     """A report cannot be written where it should go."""
 

@@ -110,8 +110,8 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Hold every activation of the port against the reference in Transformers."""
-    kept = None if layers is None else _range(layers)
     choose = probe_choice(prompt, tokens, quick, thorough, seed)
+    kept = None if layers is None else layer_range(layers)
 
     import torch
 
@@ -150,11 +150,16 @@ def command(
         print_json("parity", **fields)
     else:
         how = f"{result.comparisons[0].dtype} on {where.type}, {attention}"
-        print(f"{_coloured(result.verdict)}: {repo} in {how}, {plural(threads, 'thread')}")
-        _print_report(result)
-    if result.verdict == "inconclusive":
+        print(f"{coloured_verdict(result.verdict)}: {repo} in {how}, {plural(threads, 'thread')}")
+        print_report(result)
+    exit_by(result.verdict, passing)
+
+
+def exit_by(verdict: str, gate: Gate) -> None:
+    """Leave with the code of a verdict: inconclusive, or not what the gate lets through."""
+    if verdict == "inconclusive":
         raise typer.Exit(3)
-    if result.verdict != "exact" and not (result.verdict == "rounding" == passing):
+    if verdict != "exact" and not (verdict == "rounding" == gate):
         raise typer.Exit(1)
 
 
@@ -174,7 +179,8 @@ def _as_typed(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def _range(layers: str) -> range:
+def layer_range(layers: str) -> range:
+    """`4-7`, or `4`, as a range."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", layers)
     if found is None or int(found[2] or found[1]) < int(found[1]):
         raise typer.BadParameter(f"--layers {layers}: give a range as 4-7, or one layer as 4")
@@ -234,16 +240,19 @@ def _read_tokens(file: Path) -> list[int] | dict[str, object]:
 
 
 def tell(line: str) -> None:
+    """Show what is being done, where a person looks on."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
-def _coloured(verdict: str) -> str:
+def coloured_verdict(verdict: str) -> str:
+    """The word in its colour, where a person looks on."""
     colours = {"exact": "green", "rounding": "green", "inconclusive": "yellow", "diverged": "red"}
     return coloured(verdict, colours[verdict])
 
 
-def _print_report(result: ParityResult) -> None:
+def print_report(result: ParityResult) -> None:
+    """What stands below the verdict: counts, layers, the first culprit, what was not seen."""
     from portkit.parity import summary
 
     for line in summary.headline(result):

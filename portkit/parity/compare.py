@@ -50,7 +50,7 @@ def compare(
     comparing = _Comparing(port, reference, table, probe)
     comparing.matrix = matrix
     comparing.parameters()
-    for group in _groups(probe):
+    for group in groups(probe):
         for one in group:
             tell(one.name)
             comparing.run(one)
@@ -70,7 +70,7 @@ def compare(
     )
 
 
-def _groups(probe: Probe) -> list[list[Pass]]:
+def groups(probe: Probe) -> list[list[Pass]]:
     """Passes in a row whose recordings together are no larger than the largest pass's.
 
     A layer is upcast once for a group. What a pass records is about so much a token; of the past

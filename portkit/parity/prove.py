@@ -58,7 +58,7 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     """Answer it. `tell` is given a line for each step. Raises a `PortkitError` on bad input."""
     checkpoint = open_checkpoint(question.repo, question.revision)
     asked = resolve_dtype(question.dtype, checkpoint)
-    with _memory_watched():
+    with memory_watched():
         result = _prove_in(question, checkpoint, asked, tell)
         if asked != CARE:
             beside = _care(question, checkpoint, tell)
@@ -78,7 +78,7 @@ def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Tee
     checkpoint = open_checkpoint(question.repo, question.revision)
     asked = resolve_dtype(question.dtype, checkpoint)
     fates, probes = [], []
-    with _memory_watched():
+    with memory_watched():
         for dtype in dict.fromkeys((asked, CARE)):
             loaded, reference, probe = _prepare(question, checkpoint, dtype, tell)
             probe = probe if dtype == asked else _care_probe(probe)
@@ -141,17 +141,21 @@ def _load(
     question: Question, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> tuple[LoadedModel, Reference]:
     blueprint = draw(checkpoint, question.attention, question.ignore_config)
-    num_layers = blueprint.config.num_hidden_layers
-    if question.layers is not None and question.layers.stop > num_layers:
-        raise PortkitError(
-            f"--layers {question.layers.start}-{question.layers.stop - 1}: the model has "
-            f"{num_layers} layers, 0 to {num_layers - 1}"
-        )
+    check_layers(question, blueprint.config.num_hidden_layers)
     loaded = materialize(blueprint, _word(dtype), question.device)
     # What was just read lies in one folder, a repository's in the Hub's cache.
     folder = loaded.files.path("config.json").parent
     attention = question.reference_attention or question.attention
     return loaded, load_reference(folder, dtype, attention, question.device)
+
+
+def check_layers(question: Question, num_layers: int) -> None:
+    """Raise `PortkitError` where the model has no such layers."""
+    if question.layers is not None and question.layers.stop > num_layers:
+        raise PortkitError(
+            f"--layers {question.layers.start}-{question.layers.stop - 1}: the model has "
+            f"{num_layers} layers, 0 to {num_layers - 1}"
+        )
 
 
 def _compare(
@@ -199,7 +203,7 @@ def _not_verified(question: Question, loaded: LoadedModel, probe: Probe) -> Iter
 
 
 @contextmanager
-def _memory_watched() -> Iterator[None]:
+def memory_watched() -> Iterator[None]:
     """Where memory runs out, say what takes less."""
     try:
         yield

@@ -93,11 +93,11 @@ class Truth:
             self._ask(one, name, truth, port.get(name))
 
     def _judge_embedding(self, name: str, one: Recording) -> None:
-        truth = _embed(self._theirs[name], one.reference_calls.blocks[name].args[0])
+        truth = embed_in_float64(self._theirs[name], one.reference_calls.blocks[name].args[0])
         self._hold(one, name, truth)
         if name in one.port_calls.blocks:
             with self._asking(name):
-                port = _embed(self._ours[name], one.port_calls.blocks[name].args[0])
+                port = embed_in_float64(self._ours[name], one.port_calls.blocks[name].args[0])
                 self._ask(one, name, truth, port)
 
     def _judge_block(self, name: str, one: Recording) -> None:
@@ -318,8 +318,13 @@ def _tables(side: Side, calls: Calls) -> Trace:
     return found
 
 
-def _embed(module: nn.Module, input_ids: Tensor) -> Tensor:
-    """An embedding in float64 of the rows that are used: the whole would be gigabytes."""
+def embed_in_float64(
+    module: nn.Module, input_ids: Tensor, run: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """An embedding in float64 of the rows that are used: the whole would be gigabytes.
+
+    `run` runs it where calling the module would be seen.
+    """
     assert isinstance(module, nn.Embedding), "an embedding is one table of rows"
     used, places = torch.unique(input_ids, return_inverse=True)
     padding_idx = module.padding_idx
@@ -327,7 +332,7 @@ def _embed(module: nn.Module, input_ids: Tensor) -> Tensor:
         module.padding_idx = None
         # The rows are float64 by then: what is left to upcast are the buffers.
         with rows_in_float64(used, module.weight), held_in_float64(module), casts_lifted():
-            embedded: Tensor = module(places)
+            embedded: Tensor = (run or module)(places)
             return embedded
     finally:
         module.padding_idx = padding_idx
