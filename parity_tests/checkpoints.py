@@ -23,14 +23,14 @@ _SHARED = {
     "intermediate_size": 224,
     "max_position_embeddings": 4096,
 }
-_LLAMA3_ROPE = {
+LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 512,
 }
-_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512}
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,23 @@ class Tiny:
     config: dict[str, Any]
 
 
-def _llama(**config: Any) -> Tiny:
+def llama(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     return Tiny("Llama", {**_SHARED, **heads, "head_dim": 40, "rms_norm_eps": 1e-5, **config})
 
 
-def _qwen3(**config: Any) -> Tiny:
+def qwen3(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
     return Tiny("Qwen3", {**_SHARED, **heads, "head_dim": 40, **config})
 
 
-def _gemma3(**config: Any) -> Tiny:
+def qwen3_moe(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    experts = {"num_experts": 11, "num_experts_per_tok": 3, "moe_intermediate_size": 96}
+    return Tiny("Qwen3Moe", {**_SHARED, **heads, **experts, "head_dim": 40, **config})
+
+
+def gemma3(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2}
     windows = {"sliding_window": 24, "query_pre_attn_scalar": 48}
     return Tiny("Gemma3", {**_SHARED, **heads, **windows, "head_dim": 40, **config})
@@ -87,29 +93,46 @@ def _gemma3n(**config: Any) -> Tiny:
 
 
 TINY: dict[str, Tiny] = {
-    "llama3": _llama(rope_scaling=_LLAMA3_ROPE, rope_theta=500000.0, num_hidden_layers=12),
-    "llama tied with biases": _llama(
+    "llama3": llama(rope_scaling=LLAMA3_ROPE, rope_theta=500000.0, num_hidden_layers=12),
+    "llama tied with biases": llama(
         tie_word_embeddings=True, attention_bias=True, mlp_bias=True, num_key_value_heads=1
     ),
-    "llama linear": _llama(rope_scaling={"rope_type": "linear", "factor": 4.0}),
-    "llama wide heads": _llama(head_dim=264, num_attention_heads=2, num_key_value_heads=1),
-    "llama plain heads": _llama(num_key_value_heads=4),
-    "qwen3": _qwen3(tie_word_embeddings=True, rope_theta=1e6),
-    "qwen3 yarn sliding": _qwen3(
-        rope_scaling=_YARN,
+    "llama linear": llama(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "llama wide heads": llama(head_dim=264, num_attention_heads=2, num_key_value_heads=1),
+    "llama plain heads": llama(num_key_value_heads=4),
+    "qwen3": qwen3(tie_word_embeddings=True, rope_theta=1e6),
+    "qwen3 yarn sliding": qwen3(
+        rope_scaling=YARN,
         rope_theta=1e6,
         use_sliding_window=True,
         sliding_window=24,
         max_window_layers=1,
         attention_bias=True,
     ),
-    "qwen3 yarn tempered": _qwen3(
-        rope_scaling={**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 16.0},
+    "qwen3 yarn tempered": qwen3(
+        rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 16.0},
         num_hidden_layers=1,
     ),
-    "gemma3": _gemma3(),
-    "gemma3 shallow": _gemma3(num_hidden_layers=4, sliding_window_pattern=3),
-    "gemma3 scaled": _gemma3(
+    "qwen3 moe": qwen3_moe(norm_topk_prob=True, rope_theta=1e6),
+    "qwen3 moe sliding": qwen3_moe(
+        use_sliding_window=True,
+        sliding_window=24,
+        max_window_layers=1,
+        mlp_only_layers=[1],
+        num_experts_per_tok=1,
+        tie_word_embeddings=True,
+    ),
+    "qwen3 moe by turns": qwen3_moe(
+        num_hidden_layers=12,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3, 10],
+        num_experts=7,
+        moe_intermediate_size=32,
+        attention_bias=True,
+    ),
+    "gemma3": gemma3(),
+    "gemma3 shallow": gemma3(num_hidden_layers=4, sliding_window_pattern=3),
+    "gemma3 scaled": gemma3(
         rope_parameters={
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -162,7 +185,7 @@ def save_tiny_multimodal(folder: Path, dtype: torch.dtype, seed: int = 0) -> Non
     """A Gemma 3 checkpoint with a vision tower around the language model, as 4B to 27B are."""
     import transformers
 
-    text = {**_gemma3(num_hidden_layers=3, sliding_window_pattern=3).config, "vocab_size": 512}
+    text = {**gemma3(num_hidden_layers=3, sliding_window_pattern=3).config, "vocab_size": 512}
     vision = {
         "hidden_size": 64,
         "intermediate_size": 96,

@@ -6,17 +6,16 @@ import pytest
 import torch
 
 from parity_tests.conftest import CheckpointMaker
-from parity_tests.harness.faulty import FAULTS
 from portkit.loading import load
 from portkit.parity import report
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.probing import quick_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.result import NotVerified, ParityResult
 from portkit.parity.schema import as_fields
 from portkit.parity.sites import PortSide, SiteTable
 
-CULPRIT = FAULTS["kernel scaled"].site
+CULPRIT = "model.layers.3.self_attn#context"
 
 
 def asked(result: ParityResult, repo: str = "a/model") -> report.Asked:
@@ -30,7 +29,7 @@ def diverged(tiny_checkpoint: CheckpointMaker) -> ParityResult:
     torch.set_num_threads(1)
     folder = tiny_checkpoint("gemma3 shallow", torch.bfloat16)
     loaded = load(folder)
-    FAULTS["kernel scaled"].plant(loaded.model)
+    loaded.model.model.layers[3].self_attn.attend.scale *= 1.01
     probe = quick_probe(loaded.model)
     table = SiteTable(loaded.architecture.sites)
     reference = load_reference(folder, torch.bfloat16, "sdpa")

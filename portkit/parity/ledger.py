@@ -23,7 +23,7 @@ NUM_WORST = 3
 LOGITS = "#logits"
 """The site that every model has: what it returns."""
 _LOGITS_DIMS = "batch position vocabulary"
-_BLOCK = 1 << 24
+BLOCK = 1 << 24
 """Values that are compared in float64 at a time."""
 
 
@@ -37,14 +37,19 @@ def batch_dim(dims: str) -> int:
     return dims.split().index("batch")
 
 
-def by_token(tensor: Tensor, dims: str) -> Tensor:
-    """(batch, tokens, …), whatever comes first in `dims`."""
+def by_token(tensor: Tensor, dims: str, batch: int) -> Tensor:
+    """(batch, tokens, …), whatever comes first in `dims`.
+
+    Experts see all rows' tokens as one row, (batch x tokens, …).
+    """
+    if _in_one(tensor, dims):
+        return tensor.reshape(batch, -1, *tensor.shape[1:])
     return tensor.movedim((batch_dim(dims), token_dim(dims)), (0, 1))
 
 
 def same_shape(dims: str, port: Tensor, reference: Tensor) -> bool:
     """Equal but for the batch: masks and tables may be for all rows one."""
-    batch = batch_dim(dims)
+    batch = 0 if _in_one(port, dims) else batch_dim(dims)
     shapes = [(*one.shape[:batch], *one.shape[batch + 1 :]) for one in (port, reference)]
     return shapes[0] == shapes[1]
 
@@ -54,12 +59,16 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
 
     Keys and values reach back over the cache: their tokens are the last of past and new.
     """
-    moved = by_token(tensor, dims)
     batch = len(one.input_ids)
+    moved = by_token(tensor, dims, batch)
     moved = moved.expand(batch, *moved.shape[1:])  # masks and tables may be for all rows one
     if one.attention_mask is None:
         return moved.reshape(moved.shape[0] * moved.shape[1], -1)
     return moved.flatten(2)[one.real_of_last(moved.shape[1])]
+
+
+def _in_one(tensor: Tensor, dims: str) -> bool:
+    return tensor.dim() == len(dims.split()) - 1
 
 
 @dataclass
@@ -192,7 +201,7 @@ class Ledger:
     def add_tokens(self, name: str, one: Pass, sums: Tensor, like: Tensor) -> None:
         """`token_sums` of one pass, where the site holds a tensor `like` this one."""
         account = self.sites[name]
-        moved = by_token(like, account.dims)
+        moved = by_token(like, account.dims, len(one.input_ids))
         account.inner = tuple(moved.shape[2:])
         account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, moved.shape[1])
 
@@ -218,7 +227,7 @@ def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRec
     if torch.equal(ours, theirs):
         return None
     num_unequal, found = 0, []
-    step = max(1, _BLOCK // ours.shape[1])
+    step = max(1, BLOCK // ours.shape[1])
     for start, end in pairwise([*range(0, len(ours), step), len(ours)]):
         a, b = ours[start:end], theirs[start:end]
         unequal = a != b
@@ -241,7 +250,7 @@ def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRec
 
 def _worst(one: Pass, dims: str, port: Tensor, reference: Tensor, place: int) -> Worst:
     """The value at a place among the values of the real tokens."""
-    moved, theirs = (by_token(each, dims) for each in (port, reference))
+    moved, theirs = (by_token(each, dims, len(one.input_ids)) for each in (port, reference))
     inner = tuple(moved.shape[2:])
     token, rest = divmod(place, max(1, math.prod(inner)))
     row, position = one.real_of_last(moved.shape[1]).nonzero()[token].tolist()

@@ -1,0 +1,99 @@
+"""Attention written once more: a layer with places for mistakes around its cache, and a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parity_tests.faults.planted.planting import Model, attentions
+from portkit.nn.norms import UnitOffsetRMSNorm
+from portkit.nn.rope import rotate
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value, each (batch, heads, tokens, head_dim)."""
+Turn = Callable[[Any, Heads, Tensor, Tensor], Heads]
+"""From projected heads, with cosine and sine, to what the cache is shown."""
+Read = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""From the cache's keys, with cosine, sine and mask, to the keys and the mask of the kernel."""
+
+
+def rewrite(attention: Any, turn: Turn, read: Read = lambda key, _, __, mask: (key, mask)) -> None:
+    """Have `attention` run this."""
+
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        by_head = (*x.shape[:2], -1, attention.head_dim)
+        heads = tuple(project(x).view(by_head).transpose(1, 2) for project in projections)
+        query, key, value = turn(attention, heads, cos, sin)
+        if cache is not None:
+            key, value = cache.update(key, value)
+        key, mask = read(key, cos, sin, mask)
+        context = attention.attend(query, key, value, mask)
+        output: Tensor = attention.o_proj(context.flatten(2))
+        return output
+
+    attention.forward = forward
+
+
+def normed(attention: Any, name: str, heads: Tensor) -> Tensor:
+    """Normalise queries or keys, where the family does and laid out as it does it."""
+    norm = getattr(attention, name, None)
+    if norm is None:
+        return heads
+    if isinstance(norm, UnitOffsetRMSNorm):
+        return norm(heads)
+    by_token: Tensor = norm(heads.transpose(1, 2))
+    return by_token.transpose(1, 2)
+
+
+def as_it_should_be(attention: Any, heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
+    query, key, value = heads
+    query, key = normed(attention, "q_norm", query), normed(attention, "k_norm", key)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The eager kernel from its parts, each of which can be another. In all layers, planted."""
+
+    cap: float | None = None
+    wide_scores: bool = False
+    """Queries times keys in float32."""
+    wide_softmax: bool = True
+    wide_weights: bool = False
+    """The weights stay in float32 for their product with the values."""
+
+    def __call__(self, model: Model) -> str:
+        for attention in attentions(model):
+
+            def forward(
+                query: Tensor, key: Tensor, value: Tensor, mask: Any, attend: Any = attention.attend
+            ) -> Tensor:
+                return self._attend(attend.scale, query, key, value, mask)
+
+            attention.attend.forward = forward
+        return "model.layers.0.self_attn#context"
+
+    def _attend(
+        self, scale: float, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        dtype, num_keys = query.dtype, key.shape[2]
+        num_heads, num_queries = query.shape[1:3]
+        if mask is None:
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+            mask = mask.tril(num_keys - num_queries)
+        key, value = (one.repeat_interleave(num_heads // one.shape[1], 1) for one in (key, value))
+        if self.wide_scores:
+            query, key = query.float(), key.float()
+        scores = query @ key.transpose(2, 3) * scale
+        if self.cap is not None:
+            scores = self.cap * torch.tanh(scores / self.cap)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = F.softmax(scores, -1, dtype=torch.float32 if self.wide_softmax else None)
+        context = weights @ value.float() if self.wide_weights else weights.to(dtype) @ value
+        return context.to(dtype).transpose(1, 2).contiguous()
