@@ -23,7 +23,7 @@ from portkit.architecture import CausalLM
 from portkit.generation.loop import generate
 from portkit.generation.settings import GenerationSettings
 from portkit.loading import load
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.judge import Verdict
 from portkit.parity.probe import Probe
 from portkit.parity.probing import default_probe, quick_probe

@@ -22,18 +22,18 @@ from torch import Tensor
 from portkit.checkpoint import CONFIG
 from portkit.errors import TraceError
 from portkit.loading import LoadedModel, draw, materialize, open_checkpoint
-from portkit.parity.compare import Tell, groups
+from portkit.parity.comparing import Tell, groups
 from portkit.parity.free_truth import FreeTruth
 from portkit.parity.judge import channel_floors, floor_of, pool_width, relative
 from portkit.parity.ledger import LOGITS, Distance, Ledger, rows, squares_of, token_dim
-from portkit.parity.local import Calls, Trace, calls_kept, recorder
+from portkit.parity.local import Calls, Recording, Trace, calls_kept, recorder
 from portkit.parity.probe import Pass, Probe, as_json, check_fits
 from portkit.parity.prove import Question, check_layers, memory_watched
 from portkit.parity.reference import load_reference
 from portkit.parity.sites import PortSide, Side, SiteTable, watching
 from portkit.parity.trace_file import Provenance, RecordedFloor, description_of, names
 from portkit.parity.trace_writer import TraceWriter, new_trace
-from portkit.parity.truth import Recording, Truth
+from portkit.parity.truth import Truth
 
 TRANSFORMERS, PORTKIT = "transformers", "portkit"
 """Engines: the reference, and our port."""
@@ -91,7 +91,7 @@ class Recorder:
         self._side, self._table, self._keep, self._writer = side, table, keep, writer
         self._caches: dict[str, Any] = {}
         self._ledger = Ledger(table, ())
-        self._truth = Truth(side, side, table, self._ledger)  # type: ignore[arg-type]
+        self._truth = Truth(side, side, table, self._ledger)
         self._free = FreeTruth(side, table)
         self._carried: defaultdict[str, Distance] = defaultdict(Distance)
         self._free_truth: defaultdict[str, Distance] = defaultdict(Distance)
@@ -236,7 +236,7 @@ def record(
         blueprint = draw(checkpoint, question.attention, question.ignore_config)
         check_layers(question, blueprint.config.num_hidden_layers)
         loaded = materialize(blueprint, question.dtype, question.device)
-        probe = question.choose_probe(loaded)
+        probe = question.choose_probe(blueprint)
         check_fits(probe, loaded.config.vocab_size, loaded.config.max_position_embeddings)
         side, device = _side(order, loaded, probe)
         table = SiteTable(loaded.architecture.sites, question.layers)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from portkit.errors import ReferenceUnavailable
 from portkit.nn.moe import Routing
 from portkit.parity.probe import Pass
-from portkit.parity.sites import Visit, visit_inputs, visit_routing
+from portkit.parity.sites import Visit, parameters_of, visit_inputs, visit_routing
 
 # Where a multimodal model keeps the text model that sites are named after.
 _TEXT_PREFIX = "model.language_model."
@@ -34,11 +34,17 @@ _EAGER = "eager_attention_forward"
 class Reference:
     """A checkpoint in the reference implementation, in evaluation mode; a side of a comparison."""
 
+    is_partial = False
+
     def __init__(
         self, model: nn.Module, attention: str = "sdpa", notes: tuple[str, ...] = ()
     ) -> None:
         self.model, self.attention, self.notes = model, attention, notes
         self._sites = _text_modules(model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
@@ -67,12 +73,7 @@ class Reference:
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters by the port's names, those that there are."""
-        held = {
-            f"{name}.{own}": parameter
-            for name, module in self.module_sites().items()
-            for own, parameter in module.named_parameters(recurse=False)
-        }
-        return by_name(held, names)
+        return by_name(parameters_of(self), names)
 
     @contextmanager
     def plain_experts(self) -> Iterator[None]:
@@ -117,15 +118,16 @@ class Reference:
     def other_kernel(self) -> Iterator[None]:
         """Run with the attention kernel that was not asked for: rounding of another kind."""
         model: Any = self.model
-        other = "eager" if self.attention == "sdpa" else "sdpa"
-        model.set_attn_implementation(other)
+        asked = self.attention
+        self.attention = "eager" if asked == "sdpa" else "sdpa"
+        model.set_attn_implementation(self.attention)
         try:
             yield
         finally:
-            model.set_attn_implementation(self.attention)
+            self.attention = asked
+            model.set_attn_implementation(asked)
 
     def kernels(self) -> dict[str, Callable[..., Any]]:
-        """The reference's own attention kernels: (module, query, key, value, mask, …) each."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         attention = next(m for n, m in self.module_sites().items() if n.endswith(".self_attn"))
@@ -213,12 +215,6 @@ def _out_of_a_block(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
     if part == "down":
         return block[number]
     return block[number].chunk(2)[part == "up"]
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as the eager kernel wants it: zero where visible, else the dtype's lowest."""
-    lowest = torch.finfo(dtype).min
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, lowest)
 
 
 def is_available() -> bool:
