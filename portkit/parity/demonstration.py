@@ -15,7 +15,7 @@ from torch import Tensor
 
 from portkit.architecture import CausalLM
 from portkit.loading import LoadedModel, load
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.generation import NUM_TOKENS, GenerationParity, compare_generation
 from portkit.parity.logits import run_all
 from portkit.parity.probe import Probe
