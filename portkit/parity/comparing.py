@@ -25,10 +25,6 @@ from portkit.parity.ledger import (
     squares_of,
     token_dim,
 )
-<<<<<<< HEAD:portkit/parity/compare.py
-from portkit.parity.local import Calls, Trace, calls_kept, looked_at, recorder, taught
-from portkit.parity.precision import release_freed_memory
-=======
 from portkit.parity.local import (
     Calls,
     Recording,
@@ -39,18 +35,13 @@ from portkit.parity.local import (
     recorder,
     taught,
 )
->>>>>>> main:portkit/parity/comparing.py
+from portkit.parity.precision import release_freed_memory
 from portkit.parity.probe import Pass, Probe
 from portkit.parity.result import Comparison, NotVerified
-<<<<<<< HEAD:portkit/parity/compare.py
-from portkit.parity.sites import QKV, PortSide, Side, SiteTable, watching
-from portkit.parity.truth import Recording, Truth
-=======
 from portkit.parity.sites import QKV, CannotRun, Side, SiteTable, parameters_of, watching
 from portkit.parity.truth import Truth
 from portkit.parity.unseen import Unseen
 from portkit.parity.whole import WholeTruth
->>>>>>> main:portkit/parity/comparing.py
 
 Tell = Callable[[str], None]
 
@@ -173,23 +164,15 @@ class Comparing:
     def run(self, one: Pass) -> None:
         """One pass: record, run freely, run taught."""
         trace: Trace = {}
-<<<<<<< HEAD:portkit/parity/compare.py
-        with (
-            watching(self.reference, self.table, recorder(trace)),
-            calls_kept(self.reference, self.table) as calls,
-        ):
-            logits = self._logits(self.reference, one, self._reference_caches)
-=======
         try:
             with (
                 watching(self.reference, self.table, recorder(trace)),
                 calls_kept(self.reference, self.table) as calls,
             ):
-                logits = self.reference.run(one, self._reference_caches)
+                logits = self._logits(self.reference, one, self._reference_caches)
         except CannotRun as error:
             self.unseen.refuse("reference", one, error)
             return
->>>>>>> main:portkit/parity/comparing.py
         if self._compares_logits:
             trace[LOGITS] = logits
         del logits
@@ -237,14 +220,9 @@ class Comparing:
                     a, b = (rows(each, account.dims, one).double() for each in (ours, theirs))
                     account.carried_error.add(squares_of(a - b), len(a))
 
-<<<<<<< HEAD:portkit/parity/compare.py
-        with watching(self.port, self.table, looked_at(trace, look)):
-            logits = self._logits(self.port, one, self._free_caches)
-=======
         visit = self.unseen.of_port(fitted(trace, looked_at(trace, look)))
         with watching(self.port, self.table, visit):
-            logits = self.port.run(one, self._free_caches)
->>>>>>> main:portkit/parity/comparing.py
+            logits = self._logits(self.port, one, self._free_caches)
         if LOGITS in trace:
             visit(LOGITS, logits)
 
