@@ -70,6 +70,14 @@ Layers = Annotated[
     str | None,
     typer.Option(metavar="A-B", help="Hold only these layers against the truth, from 0."),
 ]
+Backward = Annotated[
+    bool,
+    typer.Option(
+        "--backward",
+        help="Hold the gradient of every parameter against the reference's as well, and the "
+        "parameters after a step of AdamW.",
+    ),
+]
 Threads = Annotated[
     int, typer.Option("--threads", min=1, help="How many threads compute; bits depend on it.")
 ]
@@ -132,6 +140,7 @@ def command(
     quick: Quick = False,
     thorough: Thorough = False,
     layers: Layers = None,
+    backward: Backward = False,
     threads: Threads = 1,
     seed: Seed = 0,
     ignore_config: options.IgnoreConfig = None,
@@ -166,6 +175,7 @@ def command(
         reference_attention=reference_attention,
         layers=kept,
         ignore_config=tuple(ignore_config or ()),
+        backward=backward,
         gate=passing,
         faults=faults,
         choose_probe=choose,
