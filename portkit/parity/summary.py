@@ -255,6 +255,11 @@ def _opened(comparison: Comparison, name: str, members: list[Judgement]) -> list
     return rows
 
 
+def causes(printed: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any] | None]:
+    """The causes that a command's object names, by dtype and site."""
+    return {(one["dtype"], one["site"]): one["cause"] for one in printed["culprits"]}
+
+
 def said_cause(cause: Mapping[str, Any] | None) -> str:
     """A culprit's cause in a sentence; nothing where none was found."""
     if cause is None:
