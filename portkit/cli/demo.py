@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import coloured, envelope, human_bytes, plural, print_json, table
+from portkit.cli.output import coloured, human_bytes, plural, print_json
+from portkit.columns import table
+from portkit.envelope import envelope
 
 if TYPE_CHECKING:
     from portkit.loading import LoadedModel
