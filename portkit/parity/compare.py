@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from portkit.parity.judge import judge
 from portkit.parity.kill import KillMatrix
@@ -108,6 +108,7 @@ class _Comparing:
         self._taught_caches: dict[str, Any] = {}
         self._wrong_past: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         """What pass and site held, ours and theirs, where it was wrong: later passes inherit it."""
+        self._probe = probe
         self._continued = {one.continues for one in probe}
 
     @torch.no_grad()
@@ -130,11 +131,10 @@ class _Comparing:
                 account.unequal.append(difference_as_loaded(account, ours, held))
 
     def _observes(self, parameter: str) -> bool:
-        """Whether a parameter's module is declared, or of a list of them the module that has it."""
-        module = parameter.rpartition(".")[0]
-        if isinstance(self.port.module_sites()[module], nn.ParameterList):
-            module = module.rpartition(".")[0]
-        return self.table.dims(module) is not None
+        """Whether a parameter's module is declared, or one that it is a part of."""
+        parts = parameter.split(".")
+        modules = (".".join(parts[:end]) for end in range(1, len(parts)))
+        return any(self.table.dims(module) is not None for module in modules)
 
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""
@@ -157,7 +157,7 @@ class _Comparing:
         del logits
         if self.matrix is not None:
             self.matrix.see(one, trace)
-        recording = Recording(one, trace, calls, Calls())
+        recording = Recording(one, trace, calls, Calls(), self._probe.past(one))
         self._run_freely(recording)
         self._run_taught(recording)
         for name in trace:

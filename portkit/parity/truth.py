@@ -44,6 +44,8 @@ class Recording:
     trace: Trace
     reference_calls: Calls
     port_calls: Calls
+    num_past: int
+    """Tokens before this pass."""
     unequal: Trace = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     """Sites that the port has too."""
@@ -140,7 +142,7 @@ class Truth:
 
     def _run_block(self, side: Side, name: str, call: Call, one: Recording, look: Look) -> None:
         """Have `look` see what every site within a block makes of the recorded inputs."""
-        past = _TaughtCache(name, one.trace)
+        past = _TaughtCache(name, one.trace, one.num_past)
 
         def visit(site: str, tensor: Tensor) -> Tensor:
             look(site, tensor)
@@ -273,12 +275,16 @@ class _Within:
 class _TaughtCache:
     """Stands in for either side's cache: gives back the recorded past, followed by what is new."""
 
-    def __init__(self, block: str, trace: Trace) -> None:
+    def __init__(self, block: str, trace: Trace, num_past: int) -> None:
+        self._num_past = num_past
         # Upcast before casts are watched: it is not the model that does it.
         self._key, self._value = (
             None if (held := trace.get(f"{block}.self_attn#{role}")) is None else held.double()
             for role in QKV[1:]
         )
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self._num_past
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         assert self._key is not None, "a layer with a cache has keys"
