@@ -168,11 +168,13 @@ def save_tiny(tiny: Tiny, folder: Path, dtype: torch.dtype, seed: int = 0) -> No
     model.to(dtype).save_pretrained(folder)
 
 
-def save_tiny_multimodal(folder: Path, dtype: torch.dtype, seed: int = 0) -> None:
-    """A Gemma 3 checkpoint with a vision tower around the language model, as 4B to 27B are."""
+def save_tiny_multimodal(
+    folder: Path, dtype: torch.dtype, seed: int = 0, family: str = "Gemma3"
+) -> None:
+    """A checkpoint with a vision tower around the language model, as Gemma 3 4B to 27B are, or
+    Llama 4."""
     import transformers
 
-    text = {**gemma3(num_hidden_layers=3, sliding_window_pattern=3).config, "vocab_size": 512}
     vision = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -181,11 +183,17 @@ def save_tiny_multimodal(folder: Path, dtype: torch.dtype, seed: int = 0) -> Non
         "image_size": 56,
         "patch_size": 14,
     }
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=511
+    if family == "Gemma3":
+        text = gemma3(num_hidden_layers=3, sliding_window_pattern=3).config
+        outer = {"mm_tokens_per_image": 4, "image_token_index": 511}
+    else:
+        text, outer = TINY["llama4 scout"].config, {}
+        vision |= {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}
+    config = getattr(transformers, f"{family}Config")(
+        text_config={**text, "vocab_size": 512}, vision_config=vision, **outer
     )
     torch.manual_seed(seed)
-    model = transformers.Gemma3ForConditionalGeneration(config)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
     randomise(model)
     model.to(dtype).save_pretrained(folder)
 

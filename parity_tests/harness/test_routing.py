@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity_tests.conftest import CheckpointMaker
-from parity_tests.harness.faulty import replace_forward
+from parity_tests.faults.planted.planting import replace_forward
 from portkit.loading import LoadedModel, load
 from portkit.nn.moe import Routing
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.judge import Verdict
 from portkit.parity.probing import default_probe
 from portkit.parity.reference import Reference, load_reference

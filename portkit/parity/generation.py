@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from portkit.parity.probe import Pass
-from portkit.parity.reference import Reference
 from portkit.parity.sites import Side
 
 NUM_TOKENS = 24
@@ -63,7 +62,7 @@ class GenerationParity:
 
 @torch.no_grad()
 def compare_generation(
-    port: Side, reference: Reference, prompt: Sequence[int], num_tokens: int = NUM_TOKENS
+    port: Side, reference: Side, prompt: Sequence[int], num_tokens: int = NUM_TOKENS
 ) -> GenerationParity:
     """Generate `num_tokens` greedily on both sides after `prompt`.
 
@@ -110,7 +109,7 @@ def _greedy(
 
 
 def _first_difference(
-    reference: Reference,
+    reference: Side,
     prompt: Sequence[int],
     tokens: Sequence[int],
     step: int,

@@ -23,7 +23,7 @@ NUM_WORST = 3
 LOGITS = "#logits"
 """The site that every model has: what it returns."""
 _LOGITS_DIMS = "batch position vocabulary"
-_BLOCK = 1 << 24
+BLOCK = 1 << 24
 """Values that are compared in float64 at a time."""
 
 
@@ -208,7 +208,7 @@ def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRec
     if torch.equal(ours, theirs):
         return None
     num_unequal, found = 0, []
-    step = max(1, _BLOCK // ours.shape[1])
+    step = max(1, BLOCK // ours.shape[1])
     for start, end in pairwise([*range(0, len(ours), step), len(ours)]):
         a, b = ours[start:end], theirs[start:end]
         unequal = a != b

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from portkit.errors import ReferenceUnavailable
 from portkit.nn.moe import Routing
 from portkit.parity.probe import Pass
-from portkit.parity.sites import Visit, choice_of, visit_inputs, visit_routing, visit_tables
+from portkit.parity.sites import (
+    Visit,
+    choice_of,
+    parameters_of,
+    visit_inputs,
+    visit_routing,
+    visit_tables,
+)
 
 # Where a multimodal model keeps the text model that sites are named after.
 _TEXT_PREFIX = "model.language_model."
@@ -34,11 +41,17 @@ _EAGER = "eager_attention_forward"
 class Reference:
     """A checkpoint in the reference implementation, in evaluation mode; a side of a comparison."""
 
+    is_partial = False
+
     def __init__(
         self, model: nn.Module, attention: str = "sdpa", notes: tuple[str, ...] = ()
     ) -> None:
         self.model, self.attention, self.notes = model, attention, notes
         self._sites = _text_modules(model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
@@ -75,12 +88,7 @@ class Reference:
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters by the port's names, those that there are."""
-        held = {
-            f"{name}.{own}": parameter
-            for name, module in self.module_sites().items()
-            for own, parameter in module.named_parameters(recurse=False)
-        }
-        return by_name(held, names)
+        return by_name(parameters_of(self), names)
 
     @contextmanager
     def plain_experts(self) -> Iterator[None]:
@@ -125,15 +133,16 @@ class Reference:
     def other_kernel(self) -> Iterator[None]:
         """Run with the attention kernel that was not asked for: rounding of another kind."""
         model: Any = self.model
-        other = "eager" if self.attention == "sdpa" else "sdpa"
-        model.set_attn_implementation(other)
+        asked = self.attention
+        self.attention = "eager" if asked == "sdpa" else "sdpa"
+        model.set_attn_implementation(self.attention)
         try:
             yield
         finally:
-            model.set_attn_implementation(self.attention)
+            self.attention = asked
+            model.set_attn_implementation(asked)
 
     def kernels(self) -> dict[str, Callable[..., Any]]:
-        """The reference's own attention kernels: (module, query, key, value, mask, …) each."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         attention = next(m for n, m in self.module_sites().items() if n.endswith(".self_attn"))
@@ -222,12 +231,6 @@ def _out_of_a_block(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
     return block[number].chunk(2)[part == "up"]
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as the eager kernel wants it: zero where visible, else the dtype's lowest."""
-    lowest = torch.finfo(dtype).min
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, lowest)
-
-
 def is_available() -> bool:
     """Whether the reference is installed; it is an optional extra."""
     from importlib.util import find_spec
@@ -260,13 +263,23 @@ def load_reference(
         reason = " ".join(str(error).split())
         raise ReferenceUnavailable(f"the reference cannot load {directory}: {reason}") from error
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(key):
-            names = ", ".join(sorted(map(str, report[key]))[:3])
+        if keys := [one for one in map(str, report.get(key) or ()) if not _is_beside(one, model)]:
+            names = ", ".join(sorted(keys)[:3])
             raise ReferenceUnavailable(
                 f"the reference reports {key.replace('_', ' ')} in {directory}: {names}"
             )
     # To a device and never to a dtype: that would round its constants.
     return Reference(model.eval().to(torch.device(device)), attention, tuple(notes))
+
+
+def _is_beside(key: str, model: Any) -> bool:
+    """Whether a tensor is of another part of a multimodal checkpoint whose text model was loaded.
+
+    That no tensor of the text model is missing is asked separately, and that none is too many is
+    the weight map's to say.
+    """
+    is_text_of_more = str(model.config.model_type).endswith("_text")
+    return is_text_of_more and key.partition(".")[0] not in ("language_model", "model", "lm_head")
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:

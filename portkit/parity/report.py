@@ -99,7 +99,9 @@ def junit(result: ParityResult, asked: Asked) -> str:
                 suite, "testcase", classname="not verified", name=_xml(left_out.name)
             )
             kind = "error" if left_out.was_meant else "skipped"
-            ElementTree.SubElement(case, kind, message=_xml(left_out.reason))
+            reason = ElementTree.SubElement(case, kind, message=_xml(left_out.reason))
+            if left_out.was_meant:
+                reason.set("type", "inconclusive")
         _count(suite)
     _count(root)
     ElementTree.indent(root)

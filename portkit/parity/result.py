@@ -40,6 +40,7 @@ class Comparison:
     not_verified: tuple[NotVerified, ...] = ()
     fates: tuple[Fate, ...] = ()
     """What became of each fault of the catalogue that was tried."""
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:

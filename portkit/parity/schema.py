@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from portkit.parity import detail, teeth
-from portkit.parity.judge import Judgement
+from portkit.parity.judge import Judgement, relative
 from portkit.parity.probe import as_json
 from portkit.parity.result import Comparison, ParityResult
 
@@ -66,6 +66,7 @@ def _culprit(comparison: Comparison, one: Judgement, in_full: bool) -> dict[str,
         "kind": one.kind,
         "local_error": _finite(one.local_error),
         "floor": _finite(one.floor),
+        "carried_error": _finite(relative(account.carried_error, account.truth)),
         "function_error": _finite(one.function_error),
         "misshapen": account.misshapen,
         "worst": worst[:6],

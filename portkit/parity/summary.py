@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict
+from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict, relative
 from portkit.parity.ledger import Worst
 from portkit.parity.result import Comparison, ParityResult, worst
 
@@ -61,7 +61,7 @@ def layer_rows(comparison: Comparison) -> list[Row]:
         rows.append(_row(comparison, _named([name for name, _ in alike]), sites))
         if verdict is not Verdict.exact and opened < _OPENED_LAYERS:
             opened += 1
-            rows += _opened(alike[0][0], alike[0][1])
+            rows += _opened(comparison, alike[0][0], alike[0][1])
     return rows
 
 
@@ -163,6 +163,15 @@ def _carried(comparison: Comparison, members: Iterable[Judgement]) -> bool:
     return any(comparison.accounts[one.site].carried for one in members)
 
 
+def carried(comparison: Comparison, members: Iterable[Judgement]) -> str:
+    """The largest error that the sites carry, as relative RMS; or that there is one, or none."""
+    accounts = [comparison.accounts[one.site] for one in members]
+    if not any(one.carried for one in accounts):
+        return "equal"
+    errors = (relative(one.carried_error, one.truth) for one in accounts)
+    return figure(max(filter(None, errors), default=None)) or "differs"
+
+
 def _named(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
@@ -178,11 +187,11 @@ def _row(comparison: Comparison, name: str, members: list[Judgement]) -> Row:
         str(verdict),
         "",
         figure(floor) if verdict is Verdict.exact else "",
-        "" if name == "parameters" else "differs" if _carried(comparison, members) else "equal",
+        "" if name == "parameters" else carried(comparison, members),
     )
 
 
-def _opened(name: str, members: list[Judgement]) -> list[Row]:
+def _opened(comparison: Comparison, name: str, members: list[Judgement]) -> list[Row]:
     unequal = [one for one in members if one.verdict is not Verdict.exact]
     # What diverged before what is rounding; in the order of execution otherwise.
     unequal.sort(key=lambda one: one.verdict is not Verdict.diverged)
@@ -191,7 +200,8 @@ def _opened(name: str, members: list[Judgement]) -> list[Row]:
         passes = f" {in_passes(one)}" if one.passes else ""
         where = f"  {one.site.removeprefix(name).lstrip('.')}{passes}"
         said = f"{one.verdict}, {one.kind}" if one.kind else str(one.verdict)
-        rows.append((where, "", said, figure(one.local_error), figure(one.floor), ""))
+        errors = figure(one.local_error), figure(one.floor), carried(comparison, [one])
+        rows.append((where, "", said, *errors))
     if len(unequal) > _OPENED_SITES:
         rows.append((f"  and {len(unequal) - _OPENED_SITES} more", "", "", "", "", ""))
     return rows

@@ -10,25 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from portkit.parity.distances import Distances
 from portkit.parity.ledger import Ledger, SiteAccount, rows, squares_of
-from portkit.parity.local import Call, Calls, Trace, block_modules, recorder
+from portkit.parity.local import Call, Calls, Recording, Trace, block_modules, recorder
 from portkit.parity.precision import (
     casts_lifted,
     held_in_float64,
     release_freed_memory,
     rows_in_float64,
 )
-from portkit.parity.probe import Pass
-from portkit.parity.reference import Reference, additive
-from portkit.parity.routing import compared_tokens, logits_before
-from portkit.parity.sites import EXPERTS, QKV, Side, SiteTable, Visit, watching
-from portkit.parity.spread import token_sums
+from portkit.parity.sites import QKV, Side, SiteTable, Visit, additive, watching
 
 Look = Callable[[str, Tensor], None]
 HEAD = "lm_head"
@@ -36,30 +32,15 @@ HEAD_ROWS = 32_768
 """Rows of a large head that are held in float64 at a time."""
 
 
-@dataclass
-class Recording:
-    """One pass: what the reference had, and where the taught port had something else."""
-
-    run: Pass
-    trace: Trace
-    reference_calls: Calls
-    port_calls: Calls
-    num_past: int
-    """Tokens before this pass."""
-    unequal: Trace = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
-    """Sites that the port has too."""
-    by_token: Trace = field(default_factory=dict)
-    """`token_sums` of the sites in `unequal`, as far as they were held against the truth."""
-
-
 class Truth:
     """Holds recordings against the truth and writes the distances into the ledger."""
 
-    def __init__(self, port: Side, reference: Reference, table: SiteTable, ledger: Ledger) -> None:
+    def __init__(self, port: Side, reference: Side, table: SiteTable, ledger: Ledger) -> None:
         self.port, self.reference, self.table, self.ledger = port, reference, table, ledger
+        self.distances = Distances(ledger, reference.attention)
         self.unasked: dict[str, str] = {}
         """Blocks of the port that cannot be run in float64, and why."""
+        self.notes: list[str] = []
         self._ours, self._theirs = block_modules(port, table), block_modules(reference, table)
 
     @torch.no_grad()
@@ -69,6 +50,7 @@ class Truth:
             self._judge_tables(one)
         with self.reference.plain_experts():
             self._judge_blocks(recordings)
+        self.distances.close(recordings)
 
     def _judge_blocks(self, recordings: Sequence[Recording]) -> None:
         for name, theirs in self._theirs.items():
@@ -83,34 +65,31 @@ class Truth:
                     for one in recordings:
                         self._judge_block(name, one)
             release_freed_memory()
-        for one in recordings:
-            for site, sums in one.by_token.items():
-                self.ledger.add_tokens(site, one.run, sums, one.trace[site])
 
     def _judge_tables(self, one: Recording) -> None:
         port = _tables(self.port, one.port_calls)
         for name, truth in _tables(self.reference, one.reference_calls).items():
-            self._hold(one, name, truth)
-            self._ask(one, name, truth, port.get(name))
+            self.distances.hold(one, name, truth)
+            self.distances.ask(one, name, truth, port.get(name))
 
     def _judge_embedding(self, name: str, one: Recording) -> None:
-        truth = _embed(self._theirs[name], one.reference_calls.blocks[name].args[0])
-        self._hold(one, name, truth)
+        truth = embed_in_float64(self._theirs[name], one.reference_calls.blocks[name].args[0])
+        self.distances.hold(one, name, truth)
         if name in one.port_calls.blocks:
             with self._asking(name):
-                port = _embed(self._ours[name], one.port_calls.blocks[name].args[0])
-                self._ask(one, name, truth, port)
+                port = embed_in_float64(self._ours[name], one.port_calls.blocks[name].args[0])
+                self.distances.ask(one, name, truth, port)
 
     def _judge_block(self, name: str, one: Recording) -> None:
         truth: Trace = {}
         calls = one.reference_calls.blocks[name]
         self._run_block(self.reference, name, calls, one, truth.__setitem__)
         for site, exact in truth.items():
-            self._hold(one, site, exact)
+            self.distances.hold(one, site, exact)
         self._add_other_kernels(one, f"{name}.self_attn", truth)
 
         def ask(site: str, port: Tensor) -> None:
-            self._ask(one, site, truth.pop(site, None), port)  # and let go of the truth
+            self.distances.ask(one, site, truth.pop(site, None), port)  # and let go of the truth
 
         if name in one.port_calls.blocks:
             with self._asking(name):
@@ -129,8 +108,8 @@ class Truth:
                     hidden = one.trace[f"{HEAD}:in"].double()
                     with casts_lifted():
                         truth, port = theirs(hidden), ours(hidden)
-                    self._hold(one, HEAD, truth, channels)
-                    self._ask(one, HEAD, truth, port, channels)
+                    self.distances.hold(one, HEAD, truth, channels)
+                    self.distances.ask(one, HEAD, truth, port, channels)
 
     @contextmanager
     def _asking(self, name: str) -> Iterator[None]:
@@ -158,79 +137,6 @@ class Truth:
         within = _Within(side, name)
         with watching(within, self.table, visit), casts_lifted():
             within.module_sites()[name](*args, **kwargs)
-
-    def _hold(
-        self, one: Recording, name: str, truth: Tensor, channels: slice | None = None
-    ) -> None:
-        """Add a site's truth, and how far both sides are from it in the dtype under test."""
-        if name not in one.seen or not truth.is_floating_point():
-            return
-        if name.endswith(EXPERTS):
-            self._hold_choice(one, name, truth)
-            return
-        account, whole = self.ledger.site(name), one.trace[name]
-        held = rows(truth, account.dims, one.run)
-
-        def distance(recorded: Tensor) -> Tensor:
-            part = recorded if channels is None else recorded[..., channels]
-            return rows(part, account.dims, one.run).double() - held
-
-        block = (channels or slice(None), whole.shape[-1] if channels else None)
-        own, unequal = distance(whole), one.unequal.get(name)
-        ours = own if unequal is None else distance(unequal)
-        account.truth.add(squares_of(held), len(held), *block)
-        account.floors[self.reference.attention].add(squares_of(own), len(held), *block)
-        account.port.add(squares_of(ours), len(held), *block)
-        if unequal is not None:
-            account.spread.add(ours)
-            account.floor_spread.add(own)
-            sums = token_sums(ours, own, held)
-            before = one.by_token.get(name)
-            one.by_token[name] = sums if before is None else before + sums
-
-    def _hold_choice(self, one: Recording, name: str, truth: Tensor) -> None:
-        """The same for a router's choice, of the tokens whose weights can be compared."""
-        account = self.ledger.site(name)
-
-        def of(tensor: Tensor) -> Tensor:
-            return rows(tensor, account.dims, one.run).double()
-
-        recorded, by = one.trace[name], logits_before(name, one.trace)
-        exact, theirs, ours = map(of, (truth, recorded, one.unequal.get(name, recorded)))
-        logits = (of(one.unequal[by]), of(one.trace[by])) if by in one.unequal else None
-        floor, port = compared_tokens(exact, theirs, ours, logits)
-        own = (theirs - exact).where(floor[:, None], 0)
-        ours = (ours - exact).where(port[:, None], 0)
-        account.truth.add(squares_of(exact[floor]), int(floor.sum()))
-        account.floors[self.reference.attention].add(squares_of(own), int(floor.sum()))
-        account.port.add(squares_of(ours), int(port.sum()))
-        if name in one.unequal:
-            account.spread.add(ours)
-            account.floor_spread.add(own)
-            one.by_token[name] = token_sums(ours, own, exact)
-
-    def _ask(
-        self,
-        one: Recording,
-        name: str,
-        truth: Tensor | None,
-        port: Tensor | None,
-        channels: slice | None = None,
-    ) -> None:
-        """Add how far the port is from the truth where both are computed in float64."""
-        if truth is None or port is None or name not in one.seen or port.shape != truth.shape:
-            return
-        if not truth.is_floating_point():  # a mask
-            return
-        account = self.ledger.site(name)
-        account.function_asked = True
-        ours, held = (rows(each, account.dims, one.run) for each in (port, truth))
-        gap = held.new_zeros(held.shape[1])
-        if not torch.equal(port, truth):
-            gap = squares_of(ours - held)
-            account.function_spread.add(ours - held)
-        width = one.trace[name].shape[-1] if channels else None
-        account.function.add(gap, len(held), channels or slice(None), width)
 
     def _add_other_kernels(self, one: Recording, name: str, truth: Trace) -> None:
         """The floor is the largest distance among the reference's own kernels."""
@@ -260,9 +166,7 @@ class _Within:
             for name, module in side.module_sites().items()
             if name == block or name.startswith(f"{block}.")
         }
-        self.run, self.watch_attention = side.run, side.watch_attention
-        self.visit_output = side.visit_output
-        self.table_modules = side.table_modules
+        self.watch_attention, self.visit_output = side.watch_attention, side.visit_output
 
     def module_sites(self) -> Mapping[str, nn.Module]:
         return self._modules
@@ -308,8 +212,13 @@ def _tables(side: Side, calls: Calls) -> Trace:
     return found
 
 
-def _embed(module: nn.Module, input_ids: Tensor) -> Tensor:
-    """An embedding in float64 of the rows that are used: the whole would be gigabytes."""
+def embed_in_float64(
+    module: nn.Module, input_ids: Tensor, run: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """An embedding in float64 of the rows that are used: the whole would be gigabytes.
+
+    `run` runs it where calling the module would be seen.
+    """
     assert isinstance(module, nn.Embedding), "an embedding is one table of rows"
     used, places = torch.unique(input_ids, return_inverse=True)
     padding_idx = module.padding_idx
@@ -317,7 +226,7 @@ def _embed(module: nn.Module, input_ids: Tensor) -> Tensor:
         module.padding_idx = None
         # The rows are float64 by then: what is left to upcast are the buffers.
         with rows_in_float64(used, module.weight), held_in_float64(module), casts_lifted():
-            embedded: Tensor = module(places)
+            embedded: Tensor = (run or module)(places)
             return embedded
     finally:
         module.padding_idx = padding_idx
