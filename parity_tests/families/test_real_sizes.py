@@ -53,7 +53,7 @@ RELEASED = {
     "Llama 4 Scout": Released(
         "meta-llama__Llama-4-Scout-17B-16E-Instruct",
         1,
-        {"num_local_experts": 3, "vocab_size": 4093, "attention_chunk_size": 128},
+        {"num_local_experts": 2, "vocab_size": 4093, "attention_chunk_size": 128},
     ),
     "Llama 3.2 1B": Released("meta-llama__Llama-3.2-1B-Instruct", 2),
     "Command R7B": Released(
@@ -79,7 +79,8 @@ def checkpoint(
     released = RELEASED[name]
     folder = tmp_path_factory.mktemp("released")
     published = data_folder / "configs" / released.config / "config.json"
-    config = {**json.loads(published.read_text()), **released.changed}
+    config = json.loads(published.read_text())
+    config.get("text_config", config).update(released.changed)
     (folder / "config.json").write_text(json.dumps(config))
     command = [sys.executable, MAKE_CHECKPOINT, folder, folder / "model", "--dtype", dtype]
     if released.layers is not None:

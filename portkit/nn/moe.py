@@ -113,7 +113,7 @@ class InputWeightedExperts(nn.Module):
         # Of an expert that was not chosen the weighted input is zero, and so is what it makes.
         ascending = experts.sort(dim=1).values
         outputs = hidden_states.new_empty(*experts.shape, hidden_states.shape[1])
-        for expert in experts.unique().tolist():
+        for expert in torch.unique(experts).tolist():
             weighted = hidden_states * by_expert[expert]
             matrices = self.gate_up_proj[expert], self.down_proj[expert]
             tokens, choices = torch.where(ascending == expert)

@@ -104,7 +104,7 @@ def rotate_polar(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     `cos` and `sin`, (batch, tokens, head_dim/2), are float32, as are the products: the cast back is
     the only rounding to x's dtype.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
     turned = pairs * torch.complex(cos, sin)[:, :, None]
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 

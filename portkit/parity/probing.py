@@ -179,11 +179,8 @@ def _features(model: CausalLM) -> Iterable[_Feature]:
     for window in (one for one in _windows(model) if one < context):
         yield from _window_features(window)
     for chunk in (one for one in _chunk_lengths(model) if one < context):
-        yield _Feature(
-            f"first token of an attention chunk of {chunk}, decoded",
-            f"step of one token after a multiple of {chunk} others",
-            lambda one, past, chunk=chunk: one.num_tokens == 1 and past > 0 and past % chunk == 0,
-        )
+        first = f"first token of an attention chunk of {chunk}, decoded"
+        yield _Feature(first, f"step of one token after a multiple of {chunk}", _opening(chunk))
     for name, module in model.named_modules():
         rope = module.rope if isinstance(module, RotaryEmbedding) else None
         original = rope.original_max_position_embeddings if rope else None
@@ -196,6 +193,10 @@ def _features(model: CausalLM) -> Iterable[_Feature]:
 
 def _reaching(position: int) -> Callable[[Pass, int], bool]:
     return lambda one, _: int(one.positions.max()) >= position
+
+
+def _opening(chunk: int) -> Callable[[Pass, int], bool]:
+    return lambda one, past: one.num_tokens == 1 and past > 0 and past % chunk == 0
 
 
 def _window_features(window: int) -> Iterable[_Feature]:
