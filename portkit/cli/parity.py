@@ -69,6 +69,14 @@ Layers = Annotated[
     str | None,
     typer.Option(metavar="A-B", help="Hold only these layers against the truth, from 0."),
 ]
+Backward = Annotated[
+    bool,
+    typer.Option(
+        "--backward",
+        help="Hold the gradient of every parameter against the reference's as well, and the "
+        "parameters after a step of AdamW.",
+    ),
+]
 Threads = Annotated[
     int, typer.Option("--threads", min=1, help="How many threads compute; bits depend on it.")
 ]
@@ -131,6 +139,7 @@ def command(
     quick: Quick = False,
     thorough: Thorough = False,
     layers: Layers = None,
+    backward: Backward = False,
     threads: Threads = 1,
     seed: Seed = 0,
     ignore_config: options.IgnoreConfig = None,
@@ -165,6 +174,7 @@ def command(
         reference_attention=reference_attention,
         layers=kept,
         ignore_config=tuple(ignore_config or ()),
+        backward=backward,
         gate=passing,
         faults=faults,
         choose_probe=choose,

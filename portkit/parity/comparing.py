@@ -35,6 +35,7 @@ from portkit.parity.local import (
     recorder,
     taught,
 )
+from portkit.parity.precision import release_freed_memory
 from portkit.parity.probe import Pass, Probe
 from portkit.parity.result import Comparison, NotVerified
 from portkit.parity.sites import QKV, CannotRun, Side, SiteTable, parameters_of, watching
@@ -166,14 +167,12 @@ class _Comparing:
                 watching(self.reference, self.table, recorder(trace)),
                 calls_kept(self.reference, self.table) as calls,
             ):
-                logits = self.reference.run(one, self._reference_caches)
+                logits = self._logits(self.reference, one, self._reference_caches)
         except CannotRun as error:
             self.unseen.refuse("reference", one, error)
             return
         if self._compares_logits:
             trace[LOGITS] = logits
-        for name in trace:  # in the reference's order, also what the port turns out not to have
-            self.ledger.site(name)
         for name in () if self.is_partial else trace:
             self.ledger.site(name)  # in the reference's order, also what the port has not
         del logits
@@ -193,6 +192,13 @@ class _Comparing:
         if not self.is_partial:
             trace.pop(LOGITS, None)  # it has no truth of its own; the head has
         self._recordings.append(recording)
+        release_freed_memory()
+
+    def _logits(self, side: Side, one: Pass, caches: dict[str, Any]) -> Tensor:
+        logits = side.run(one, caches)
+        if one.name not in self._continued:
+            caches.pop(one.name, None)  # all passes' together would outweigh the largest of them
+        return logits
 
     def _run_freely(self, recording: Recording) -> None:
         one, trace = recording.run, recording.trace
@@ -209,7 +215,7 @@ class _Comparing:
 
         visit = self.unseen.of_port(fitted(trace, looked_at(trace, look)))
         with watching(self.port, self.table, visit):
-            logits = self.port.run(one, self._free_caches)
+            logits = self._logits(self.port, one, self._free_caches)
         if LOGITS in trace:
             visit(LOGITS, logits)
 
@@ -237,7 +243,7 @@ class _Comparing:
             calls_kept(self.port, self.table) as calls,
             watching(self.port, self.table, fitted(trace, taught(trace, compare_one))),
         ):
-            logits = self.port.run(one, self._taught_caches)
+            logits = self._logits(self.port, one, self._taught_caches)
         if LOGITS in trace:
             compare_one(LOGITS, logits, trace[LOGITS])
         recording.port_calls = calls

@@ -17,14 +17,15 @@ from portkit.errors import OutOfMemory, PortkitError
 from portkit.loading import Blueprint, draw, open_checkpoint, resolve_device, resolve_dtype
 from portkit.parity.comparing import Tell, compare
 from portkit.parity.generation import NUM_TOKENS, compare_generation
+from portkit.parity.gradients import GradientParity, compare_gradients
 from portkit.parity.kill import KillMatrix, kill_matrix
 from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Probe, check_fits
-from portkit.parity.probing import default_probe, unexercised
+from portkit.parity.probing import default_probe, training_batch, unexercised
 from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
 from portkit.parity.sides import Given, Sides, make_sides
-from portkit.parity.sites import CannotRun, SiteTable
+from portkit.parity.sites import CannotRun, PortSide, SiteTable
 from portkit.parity.teeth import Teeth, chosen, merged
 from portkit.tokenizer import Tokenizer
 
@@ -48,6 +49,8 @@ class Question:
     layers: range | None = None
     """The layers to hold against the truth; None: all, and what is around them."""
     ignore_config: tuple[str, ...] = ()
+    backward: bool = False
+    """Compare gradients as well."""
     gate: str = "exact"
     """By which the faults of the catalogue are judged."""
     faults: str = "full"
@@ -137,11 +140,16 @@ def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResul
             )
         except CannotRun as reason:
             unheard.append(NotVerified("generation", str(reason)))
+    gradients = None
+    if question.backward and prepared.sides.are_ours:
+        tell("backward")
+        gradients = _differentiate(question, prepared)
     return ParityResult(
         (found,),
         generation,
         (*_not_verified(question, prepared), *found.not_verified, *unheard),
         (*prepared.sides.notes(), *found.notes),
+        gradients,
     )
 
 
@@ -198,6 +206,14 @@ def _compare(question: Question, prepared: _Prepared, tell: Tell) -> Comparison:
     return compare(sides.port, sides.reference, table, moved, tell, matrix)
 
 
+def _differentiate(question: Question, prepared: _Prepared) -> GradientParity:
+    port, reference = prepared.sides.port, prepared.sides.reference
+    assert isinstance(port, PortSide), "our own"
+    assert isinstance(reference, Reference), "nothing else stands in its place"
+    input_ids = training_batch(port.model).to(resolve_device(question.device))
+    return compare_gradients(port, reference, _table(question, prepared), input_ids)
+
+
 def _moved(question: Question, probe: Probe) -> Probe:
     device = resolve_device(question.device)
     return replace(probe, passes=tuple(one.to(device) for one in probe))
@@ -229,6 +245,8 @@ def _not_verified(question: Question, prepared: _Prepared) -> Iterator[NotVerifi
         yield NotVerified(f"config: {key}", "not understood, and ignored on request")
     if question.faults != "off" and not prepared.sides.are_ours:
         yield NotVerified("known faults", "they are tried where both sides show every site")
+    if question.backward and not prepared.sides.are_ours:
+        yield NotVerified("gradients", "they are compared where both sides show every parameter")
     if question.layers is not None:
         named = f"{question.layers.start} to {question.layers.stop - 1}"
         yield NotVerified(

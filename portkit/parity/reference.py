@@ -67,6 +67,11 @@ class Reference:
         logits: Tensor = output.logits
         return logits
 
+    def differentiable_logits(self, input_ids: Tensor) -> Tensor:
+        """Logits of (batch, tokens) ids in one pass without a cache, with their graph."""
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
     def module_sites(self) -> Mapping[str, nn.Module]:
         return self._sites
 

@@ -319,6 +319,11 @@ class PortSide:
         caches[one.name] = cache
         return self.model.logits(hidden[:, -(one.num_logits or one.num_tokens) :])
 
+    def differentiable_logits(self, input_ids: Tensor) -> Tensor:
+        """Logits of (batch, tokens) ids in one pass without a cache, with their graph."""
+        logits: Tensor = self.model(input_ids)
+        return logits
+
     def module_sites(self) -> Mapping[str, nn.Module]:
         return self._modules
 

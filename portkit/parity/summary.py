@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from portkit.parity.gradients import GradientParity
 from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict, relative
 from portkit.parity.ledger import Worst
 from portkit.parity.result import Comparison, ParityResult, worst
@@ -29,6 +30,13 @@ KINDS = {
     "missing": "the port does not have it",
 }
 
+GRADIENT_KINDS = {
+    **KINDS,
+    "function": "it is the gradient of another function",
+    "care": "the same gradient, computed with less care than the reference's",
+    "missing": "the reference has no such parameter",
+}
+
 
 def headline(result: ParityResult) -> list[str]:
     """The verdict and the counts behind it."""
@@ -40,10 +48,10 @@ def headline(result: ParityResult) -> list[str]:
             f"over {passes} passes of {tokens:,} tokens"
         )
     caught = [] if result.teeth is None else [f"this probe {result.teeth.line}"]
-    return [*lines, *_generation(result), *caught]
+    return [*lines, *_generation(result), *_gradients(result), *caught]
 
 
-def groups(comparison: Comparison) -> dict[str, list[Judgement]]:
+def groups(comparison: Comparison | GradientParity) -> dict[str, list[Judgement]]:
     """The sites of each layer, and of each part around the layers, in order of execution."""
     found: dict[str, list[Judgement]] = {}
     for one in comparison.judgements:
@@ -86,7 +94,7 @@ def details(result: ParityResult) -> list[str]:
         if others:
             named = ", ".join(one.site for one in comparison.culprits[1:4])
             lines.append(f"  and {others} more: {named}{', …' if others > 3 else ''}")
-    return lines
+    return [*lines, *_gradient_details(result)]
 
 
 def caveats(result: ParityResult) -> list[str]:
@@ -135,6 +143,33 @@ def _generation(result: ParityResult) -> Iterator[str]:
         f"(floor {first.floor:.1e}), {explained}; top-1 agreement "
         f"{found.top1_agreement:.0%}, KL at most {found.max_kl:.1e}"
     )
+
+
+def _gradients(result: ParityResult) -> Iterator[str]:
+    found = result.gradients
+    if found is None:
+        return
+    num_parameters = len(found.judgements)
+    yield (
+        f"gradients: {found.num_exact:,} of {num_parameters:,} parameters' equal in every bit over "
+        f"{found.num_tokens:,} tokens; after a step of AdamW {found.num_equal_after_step:,} of "
+        f"{num_parameters:,} parameters equal"
+    )
+
+
+def _gradient_details(result: ParityResult) -> Iterator[str]:
+    found = result.gradients
+    if found is None or not found.culprits:
+        return
+    first, others = found.culprits[0], len(found.culprits) - 1
+    yield f"first wrong gradient: {first.site.removesuffix(' (gradient)')}"
+    yield f"  {first.kind}: {GRADIENT_KINDS[first.kind or 'function']}{evidence(first)}"
+    if found.places:
+        # What is wrong there is how what follows is differentiated.
+        named = ", ".join(found.places[:3])
+        yield f"  made at {named}{', …' if len(found.places) > 3 else ''}"
+    if others:
+        yield f"  and {others:,} more parameters, behind it in the backward pass"
 
 
 def _group(site: str) -> str:
@@ -205,6 +240,11 @@ def _opened(comparison: Comparison, name: str, members: list[Judgement]) -> list
     if len(unequal) > _OPENED_SITES:
         rows.append((f"  and {len(unequal) - _OPENED_SITES} more", "", "", "", "", ""))
     return rows
+
+
+def causes(printed: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any] | None]:
+    """The causes that a command's object names, by dtype and site."""
+    return {(one["dtype"], one["site"]): one["cause"] for one in printed["culprits"]}
 
 
 def said_cause(cause: Mapping[str, Any] | None) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -121,12 +122,12 @@ class Truth:
 
     def _run_block(self, side: Side, name: str, call: Call, one: Recording, look: Look) -> None:
         """Have `look` see what every site within a block makes of the recorded inputs."""
-        past = _TaughtCache(name, one.trace, one.num_past)
+        past, taught = _TaughtCache(name, one.trace, one.num_past), _Upcasts()
 
         def visit(site: str, tensor: Tensor) -> Tensor:
             look(site, tensor)
             recorded = one.trace.get(site)
-            return tensor if recorded is None else _upcast(recorded)
+            return tensor if recorded is None else taught.of(recorded)
 
         def given(key: str, value: Any) -> Any:
             is_cache = hasattr(value, "update") or (key == "past_key_values" and value is not None)
@@ -198,6 +199,21 @@ class _TaughtCache:
             torch.cat((self._key[:, :, :past], key), 2),
             torch.cat((self._value[:, :, :past], value), 2),
         )
+
+
+class _Upcasts:
+    """Recorded tensors in float64, as long as somebody holds them: one is often several sites."""
+
+    def __init__(self) -> None:
+        self._made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+    def of(self, recorded: Tensor) -> Tensor:
+        if not recorded.is_floating_point():
+            return recorded
+        wide = self._made.get(id(recorded))
+        if wide is None:
+            wide = self._made[id(recorded)] = recorded.double()
+        return wide
 
 
 def _tables(side: Side, calls: Calls) -> Trace:
