@@ -127,7 +127,9 @@ class Truth:
         def visit(site: str, tensor: Tensor) -> Tensor:
             look(site, tensor)
             recorded = one.trace.get(site)
-            return tensor if recorded is None else taught.of(recorded)
+            wide = tensor if recorded is None else taught.of(recorded)
+            # What a block returns as it got it, another may add to in place.
+            return wide.clone() if wide is tensor and ":in" not in site else wide
 
         def given(key: str, value: Any) -> Any:
             is_cache = hasattr(value, "update") or (key == "past_key_values" and value is not None)

@@ -72,6 +72,7 @@ class Tables:
             angles = positions.to(frequencies.dtype) * frequencies
             angles = angles.to(low) if self.low_angles else angles
         if self.polar:
+            angles = angles.float()
             turned = torch.polar(torch.ones_like(angles), angles) * scaling
             cos, sin = turned.real.contiguous(), turned.imag.contiguous() * self.sign
             if self.still:
@@ -168,7 +169,7 @@ class Rotation:
                 return x  # not made for it
             paired = x.float().contiguous().view(*x.shape[:-1], half, 2)
             numbers = torch.view_as_complex(paired)
-            turned = torch.view_as_real(numbers * torch.complex(cos, sin))
+            turned = torch.view_as_real(numbers * torch.complex(cos.float(), sin.float()))
             return turned.flatten(-2).to(dtype)
         if cos.shape[-1] == half:  # of one angle a pair
             cos, sin = (torch.cat((one, one), -1).to(dtype) for one in (cos, sin))
