@@ -58,7 +58,7 @@ def compare(
 
     `matrix` is shown what the reference had, and tells what became of its faults.
     """
-    comparing = _Comparing(port, reference, table, probe)
+    comparing = Comparing(port, reference, table, probe)
     comparing.matrix = matrix
     comparing.parameters()
     for group in groups(probe):
@@ -102,7 +102,9 @@ def groups(probe: Probe) -> list[list[Pass]]:
     return groups
 
 
-class _Comparing:
+class Comparing:
+    """A comparison as it goes on: passes are held one by one, and then judged together."""
+
     def __init__(self, port: Side, reference: Side, table: SiteTable, probe: Probe) -> None:
         self.port, self.reference, self.table = port, reference, table
         self.probe = probe
@@ -173,12 +175,17 @@ class _Comparing:
             return
         if self._compares_logits:
             trace[LOGITS] = logits
-        for name in () if self.is_partial else trace:
-            self.ledger.site(name)  # in the reference's order, also what the port has not
         del logits
         if self.matrix is not None:
             self.matrix.see(one, trace)
-        recording = Recording(one, trace, calls, Calls())
+        self.hold(Recording(one, trace, calls, Calls()))
+
+    @torch.no_grad()
+    def hold(self, recording: Recording) -> None:
+        """Run the port freely and taught over a pass that was recorded."""
+        one, trace = recording.run, recording.trace
+        for name in () if self.is_partial else trace:
+            self.ledger.site(name)  # in the reference's order, also what the port has not
         try:
             self._run_freely(recording)
             self._run_taught(recording)

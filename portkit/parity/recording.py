@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portkit.checkpoint import CONFIG
+from portkit.checkpoint import CONFIG, Files
 from portkit.errors import TraceError
 from portkit.loading import LoadedModel, draw, materialize, open_checkpoint
 from portkit.parity.comparing import Tell, groups
@@ -249,7 +249,7 @@ def record(
             engine=order.engine,
             dtype=loaded.report.dtype,
             revision=getattr(loaded.files, "commit", question.revision),
-            config_sha256=config_digest(loaded),
+            config_sha256=config_digest(loaded.files),
             attention=question.attention,
             cache=recorder_.cache,
             cast="on load",
@@ -268,9 +268,9 @@ def record(
     return found
 
 
-def config_digest(loaded: LoadedModel) -> str:
+def config_digest(files: Files) -> str:
     """The SHA-256 of the bytes of `config.json`."""
-    return hashlib.sha256(loaded.files.path(CONFIG).read_bytes()).hexdigest()
+    return hashlib.sha256(files.path(CONFIG).read_bytes()).hexdigest()
 
 
 def _side(order: Order, loaded: LoadedModel, probe: Probe) -> tuple[Side, torch.device]:
