@@ -60,7 +60,7 @@ class LateCastRMSNorm(nn.Module):
 
 
 class WeightlessRMSNorm(nn.Module):
-    """`x̂` alone, in float32. Shapes: (..., size) to (..., size)."""
+    """`L2Norm` by a power: equal values, another gradient. Shapes: (..., size) to the same."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -68,6 +68,17 @@ class WeightlessRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return _normalise_by_power(hidden_states, self.eps).to(hidden_states.dtype)
+
+
+class L2Norm(nn.Module):
+    """`x * rsqrt(mean(x**2) + eps)` in float32 and cast back: an RMS norm without a weight."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _normalise(hidden_states, self.eps).to(hidden_states.dtype)
 
 
 class CentredLayerNorm(nn.Module):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from portkit.errors import PortError
 from portkit.parity.judge import judge
@@ -152,11 +152,10 @@ class Comparing:
         self.unseen.parameters = len(self.ledger.sites), len(parameters_of(self.reference))
 
     def _observes(self, parameter: str) -> bool:
-        """Whether a parameter's module is declared, or of a list of them the module that has it."""
-        module = parameter.rpartition(".")[0]
-        if isinstance(self.port.module_sites()[module], nn.ParameterList):
-            module = module.rpartition(".")[0]
-        return self.table.dims(module) is not None
+        """Whether a parameter's module is declared, or one that it is a part of."""
+        parts = parameter.split(".")
+        modules = (".".join(parts[:end]) for end in range(1, len(parts)))
+        return any(self.table.dims(module) is not None for module in modules)
 
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""
@@ -181,7 +180,7 @@ class Comparing:
         del logits
         if self.matrix is not None:
             self.matrix.see(one, trace)
-        self.hold(Recording(one, trace, calls, Calls()))
+        self.hold(Recording(one, trace, calls, Calls(), self.probe.past(one)))
 
     @torch.no_grad()
     def hold(self, recording: Recording) -> None:
