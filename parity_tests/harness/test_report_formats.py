@@ -25,7 +25,12 @@ from portkit.parity.judge import Verdict
 from portkit.parity.result import ParityResult
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "parity-json.md"
-CAUSE = {"fault": "norm.epsilon", "explains": 1.0, "alternatives": ["norm.mean_subtracted"]}
+CAUSE = {
+    "fault": "norm.epsilon",
+    "explains": 0.9998,
+    "alternatives": [{"fault": "norm.mean_subtracted", "explains": 0.2}],
+    "sentence": "your port divides by another epsilon",
+}
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +198,12 @@ def test_junit_is_what_ci_systems_read(diverged: ParityResult) -> None:
     for result in (diverged, judged(diverged, Verdict.rounding), judged(diverged, Verdict.exact)):
         document = etree.fromstring(report.junit(result, asked(result)))
         xsd.assertValid(document)
+    question = asked(diverged)
+    question.printed["culprits"][0]["cause"] = CAUSE
+    document = etree.fromstring(report.junit(diverged, question))
+    xsd.assertValid(document)
+    (message,) = document.xpath("//failure/@message")
+    assert message.startswith("your port divides by another epsilon (function: it computes")
     document[0][0].attrib.pop("name")
     assert not xsd.validate(document)
 

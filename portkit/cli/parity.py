@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import coloured, envelope, plural, print_json, table
+from portkit.cli.output import coloured, plural, print_json
+from portkit.envelope import envelope
 from portkit.errors import ProbeError, SiteError
 
 if TYPE_CHECKING:
@@ -307,11 +308,4 @@ def print_report(result: ParityResult) -> None:
     """What stands below the verdict: counts, layers, the first culprit, what was not seen."""
     from portkit.parity import summary
 
-    for line in summary.headline(result):
-        print(f"  {line}")
-    for number, comparison in enumerate(result.comparisons):
-        if number == 0 or comparison.verdict != "exact":
-            print(f"\n{table([summary.HEADINGS, *summary.layer_rows(comparison)])}")
-    for lines in (summary.details(result), summary.caveats(result)):
-        if lines:
-            print("\n" + "\n".join(lines))
+    print("\n".join(summary.text(result)))

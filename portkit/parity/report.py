@@ -75,6 +75,7 @@ def junit(result: ParityResult, asked: Asked) -> str:
     own: skipped, or an error where the verdict is inconclusive for it.
     """
     root = ElementTree.Element("testsuites", name=_xml(f"portkit parity {asked.repo}"))
+    causes = summary.causes(asked.printed)
     gate_is_exact = str(asked.printed["gate"]) == "exact"
     suites = [(one.dtype, one) for one in result.comparisons]
     for name, comparison in [
@@ -92,7 +93,8 @@ def junit(result: ParityResult, asked: Asked) -> str:
                     suite, "testcase", classname=_xml(group), name=_xml(one.site)
                 )
                 if one.verdict is Verdict.diverged or gate_is_exact:
-                    said = _said(one)
+                    cause = summary.said_cause(causes.get((comparison.dtype, one.site)))
+                    said = f"{cause} ({_said(one)})" if cause else _said(one)
                     failure = ElementTree.SubElement(case, "failure", type=str(one.verdict))
                     failure.set("message", _xml(said))
                     failure.text = _xml("\n".join([said, *_values(comparison, one)]))

@@ -108,6 +108,17 @@ class Side(Watched, Protocol):
         ...
 
 
+def reachable(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name; of compiled ones the outermost alone: hooks within would undo the fusion."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    compiled = [name for name, module in modules.items() if hasattr(module, "_orig_mod")]
+    return {
+        name: module
+        for name, module in modules.items()
+        if not any(name.startswith(f"{one}." if one else "_orig_mod") for one in compiled)
+    }
+
+
 def parameters_of(side: Watched) -> dict[str, nn.Parameter]:
     """A side's parameters by its sites' names, a tied one under each of its names."""
     return {
@@ -283,14 +294,16 @@ def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
 
 
 class PortSide:
-    """Our own model. `length`: how many tokens its caches are made for."""
+    """Our own model. `length`: how many tokens its caches are made for.
+
+    `is_partial`: somebody has changed it, fused or compiled, and what it lacks is not amiss.
+    """
 
     attention = "port"
-    is_partial = False
 
-    def __init__(self, model: CausalLM, length: int) -> None:
-        self.model, self.length = model, length
-        self._modules = dict(model.named_modules())
+    def __init__(self, model: CausalLM, length: int, is_partial: bool = False) -> None:
+        self.model, self.length, self.is_partial = model, length, is_partial
+        self._modules = reachable(model)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from portkit.columns import table
 from portkit.parity.gradients import GradientParity
 from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict, relative
 from portkit.parity.ledger import Worst
@@ -36,6 +37,18 @@ GRADIENT_KINDS = {
     "care": "the same gradient, computed with less care than the reference's",
     "missing": "the reference has no such parameter",
 }
+
+
+def text(result: ParityResult) -> list[str]:
+    """What stands below the verdict: counts, layers, the first culprit, what was not seen."""
+    lines = [f"  {line}" for line in headline(result)]
+    for number, comparison in enumerate(result.comparisons):
+        if number == 0 or comparison.verdict is not Verdict.exact:
+            lines += ["", table([HEADINGS, *layer_rows(comparison)])]
+    for part in (details(result), caveats(result)):
+        if part:
+            lines += ["", *part]
+    return lines
 
 
 def headline(result: ParityResult) -> list[str]:
@@ -240,6 +253,11 @@ def _opened(comparison: Comparison, name: str, members: list[Judgement]) -> list
     if len(unequal) > _OPENED_SITES:
         rows.append((f"  and {len(unequal) - _OPENED_SITES} more", "", "", "", "", ""))
     return rows
+
+
+def causes(printed: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any] | None]:
+    """The causes that a command's object names, by dtype and site."""
+    return {(one["dtype"], one["site"]): one["cause"] for one in printed["culprits"]}
 
 
 def said_cause(cause: Mapping[str, Any] | None) -> str:
