@@ -118,7 +118,7 @@ def test_it_is_told_in_steps(
         STORY,
     ):
         assert said in out, said
-    assert sum(line.endswith("passes") for line in lines) == 4
+    assert sum(line.endswith("  passes") for line in lines) == 4
     assert len(lines) < 30
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert SITE in page
