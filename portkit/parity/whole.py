@@ -48,6 +48,9 @@ class WholeTruth:
         truths = ours if theirs is None else theirs
         if theirs is None and ours is not None:
             self._note("the truth is the port in float64: the reference cannot run in it")
+        for one in recordings if truths is None else ():
+            for site in one.seen:
+                self.ledger.site(site).truth_lacking = one.trace[site].is_floating_point()
         for one, truth in zip(recordings, truths or [], strict=False):
             for site, exact in truth.items():
                 self.distances.hold(one, site, exact)
