@@ -119,6 +119,8 @@ class Recording:
     trace: Trace
     reference_calls: Calls
     port_calls: Calls
+    num_past: int
+    """Tokens before this pass."""
     unequal: Trace = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     """Sites that the port has too."""

@@ -228,7 +228,7 @@ class Roles:
         for key, value in [*named.items(), *kwargs.items()]:
             new = value
             if key == "position_embeddings":
-                new = tuple(visit(f".{r}", t) for r, t in zip(("cos", "sin"), value, strict=True))
+                new = visit_tables(value, lambda role, table: visit(f".{role}", table))
             elif isinstance(value, Tensor) and value.is_floating_point():
                 if key in {"cos", "sin"}:
                     new = visit(f".{key}", value)
@@ -285,12 +285,26 @@ def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
     """
     logits = visit(router, routing.logits)
     weights, experts = routing.weights, routing.experts
-    effective = torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, experts, weights)
-    seen = visit(router.rpartition(".")[0] + EXPERTS, effective)
+    effective = routing.scores
+    seen = visit(choice_of(router), effective)
     if seen is not effective:
         most = int((seen != 0).sum(-1).max())
         weights, experts = seen.topk(max(1, most))
     return Routing(logits, weights, experts)
+
+
+def choice_of(router: str) -> str:
+    """`model.layers.0.mlp.gate` to `model.layers.0.mlp#experts`."""
+    return router.rpartition(".")[0] + EXPERTS
+
+
+def visit_tables(tables: Any, visit: Visit) -> Any:
+    """Visit rotary tables as `cos` and `sin`, whether they are a pair or one complex tensor."""
+    if isinstance(tables, Tensor):
+        cos, sin = tables.real.contiguous(), tables.imag.contiguous()
+        return torch.complex(visit("cos", cos), visit("sin", sin))
+    cos, sin = tables
+    return visit("cos", cos), visit("sin", sin)
 
 
 class PortSide:
@@ -378,7 +392,6 @@ class PortSide:
 
 def _table_hook(prefix: str, suffix: str, visit: Visit) -> Callable[..., Any]:
     def after(_: nn.Module, __: tuple[Any, ...], tables: tuple[Tensor, Tensor]) -> Any:
-        cos, sin = tables
-        return visit(f"{prefix}cos{suffix}", cos), visit(f"{prefix}sin{suffix}", sin)
+        return visit_tables(tables, lambda role, table: visit(f"{prefix}{role}{suffix}", table))
 
     return after
