@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portkit.parity.judge import judge
+from portkit.parity.diagnose import Cause, Diagnosis
+from portkit.parity.judge import Verdict, judge
 from portkit.parity.kill import KillMatrix
 from portkit.parity.ledger import (
     LOGITS,
@@ -66,6 +67,7 @@ def compare(
             for name, reason in comparing.truth.unasked.items()
         ),
         () if matrix is None else matrix.fates(),
+        comparing.causes(),
     )
 
 
@@ -99,6 +101,7 @@ class _Comparing:
         self.ledger = Ledger(table, composite)
         self.truth = Truth(port, reference, table, self.ledger)
         self.matrix: KillMatrix | None = None
+        self.diagnosis = Diagnosis(reference, table, probe)
         self._recordings: list[Recording] = []
         self._compares_logits = table.dims("lm_head") is not None
         self._reference_caches: dict[str, Any] = {}
@@ -127,11 +130,22 @@ class _Comparing:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
             elif not torch.equal(ours, held):
                 account.unequal.append(difference_as_loaded(account, ours, held))
+                self.diagnosis.parameter(name, ours, held)
 
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""
         self.truth.judge(self._recordings)
+        for one in self._recordings:
+            for site, ours in (*one.misshapen.items(), *one.unequal.items(), *one.apart.items()):
+                if judge(self.ledger.site(site)).verdict is Verdict.diverged:
+                    self.diagnosis.culprit(site, one.run, ours, exact=site in one.apart)
+        self.diagnosis.let_go()
         self._recordings.clear()
+
+    def causes(self) -> dict[str, Cause]:
+        """Why each culprit differs."""
+        judged = map(judge, self.ledger.sites.values())
+        return self.diagnosis.causes(one for one in judged if one.verdict is Verdict.diverged)
 
     @torch.no_grad()
     def run(self, one: Pass) -> None:
@@ -149,6 +163,7 @@ class _Comparing:
         del logits
         if self.matrix is not None:
             self.matrix.see(one, trace)
+        self.diagnosis.recorded(one, trace)
         recording = Recording(one, trace, calls, Calls())
         self._run_freely(recording)
         self._run_taught(recording)
@@ -186,6 +201,7 @@ class _Comparing:
                 account.misshapen = account.misshapen or (
                     f"{list(ours.shape)} {ours.dtype} against {list(theirs.shape)} {theirs.dtype}"
                 )
+                recording.misshapen[name] = ours.clone()
                 return
             if any(name.endswith(f"#{role}") for role in QKV[1:]):
                 ours = self._without_inherited(one, name, ours, theirs)

@@ -45,6 +45,11 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
     return moved.flatten(2)[one.real_of_last(moved.shape[1])]
 
 
+def picked(found: Tensor) -> Tensor:
+    """At most 64 rows, spread evenly."""
+    return found[:: max(1, len(found) // 64)][:64]
+
+
 @dataclass
 class Distance:
     """Sums of squares of a difference, per channel."""

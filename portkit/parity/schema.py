@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from portkit.parity import detail, teeth
+from portkit.parity.diagnose import Cause
 from portkit.parity.judge import Judgement
 from portkit.parity.probe import as_json
 from portkit.parity.result import Comparison, ParityResult
@@ -52,7 +53,7 @@ def as_fields(result: ParityResult) -> dict[str, Any]:
 
 
 def _culprit(comparison: Comparison, one: Judgement, in_full: bool) -> dict[str, Any]:
-    account = comparison.accounts[one.site]
+    account, cause = comparison.accounts[one.site], comparison.causes.get(one.site)
     worst = [
         {"pass": record.name, **{k: _finite(v) for k, v in vars(value).items()}}
         for record in account.unequal
@@ -69,8 +70,23 @@ def _culprit(comparison: Comparison, one: Judgement, in_full: bool) -> dict[str,
         "function_error": _finite(one.function_error),
         "misshapen": account.misshapen,
         "worst": worst[:6],
-        "cause": None,
+        "cause": None if cause is None else _cause(cause),
         **(_all_finite(detail.as_json(account)) if in_full else dict.fromkeys(_DETAILS)),
+    }
+
+
+def _cause(cause: Cause) -> dict[str, Any]:
+    return {
+        "fault": cause.name,
+        "faults": [one.id for one in cause.faults],
+        "explains": cause.explains,
+        "alternatives": [
+            {"fault": name, "explains": explains} for name, explains in cause.alternatives
+        ],
+        "says": [one.says for one in cause.faults],
+        "mend": [one.mend for one in cause.faults],
+        "tendencies": list(cause.tendencies),
+        "sentence": cause.sentence,
     }
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from portkit.parity.ledger import Ledger, SiteAccount, rows, squares_of
+from portkit.parity.judge import SAME_FUNCTION
+from portkit.parity.ledger import Ledger, SiteAccount, picked, rows, squares_of
 from portkit.parity.local import Call, Calls, Trace, block_modules, recorder
 from portkit.parity.precision import (
     casts_lifted,
@@ -44,6 +45,10 @@ class Recording:
     reference_calls: Calls
     port_calls: Calls
     unequal: Trace = field(default_factory=dict)
+    misshapen: Trace = field(default_factory=dict)
+    """What the taught port had in another shape or dtype."""
+    apart: Trace = field(default_factory=dict)
+    """Some rows of the port in float64, where nothing but float64 shows that it differs."""
     seen: set[str] = field(default_factory=set)
     """Sites that the port has too."""
     by_token: Trace = field(default_factory=dict)
@@ -198,6 +203,9 @@ class Truth:
         if not torch.equal(port, truth):
             gap = squares_of(ours - held)
             account.function_spread.add(ours - held)
+            if name not in one.unequal and channels is None:
+                apart = float(gap.sum()) > SAME_FUNCTION**2 * float(squares_of(held).sum())
+                one.apart.update({name: picked(ours)} if apart else {})
         width = one.trace[name].shape[-1] if channels else None
         account.function.add(gap, len(held), channels or slice(None), width)
 

@@ -121,6 +121,8 @@ class Rotation:
     """Normalise what was rotated."""
     other_norm: Norm | None = None
     """Normalise the source first, by this."""
+    scale: float = 1.0
+    """Multiplied after the rotation."""
     past: str = "held"
     """held, unrotated, stale, shifted, early, late: what a cache gives back of the past."""
 
@@ -137,6 +139,8 @@ class Rotation:
             if normed is None:
                 return None
             new = normed
+        if self.scale != 1.0:
+            new = new * self.scale
         if site.endswith("#query"):
             return new
         return with_past(scene, site, new, self)
