@@ -49,6 +49,12 @@ def qwen3(**config: Any) -> Tiny:
     return Tiny("Qwen3", {**_SHARED, **heads, "head_dim": 40, **config})
 
 
+def qwen3_moe(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    experts = {"num_experts": 11, "num_experts_per_tok": 3, "moe_intermediate_size": 96}
+    return Tiny("Qwen3Moe", {**_SHARED, **heads, **experts, "head_dim": 40, **config})
+
+
 def gemma3(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2}
     windows = {"sliding_window": 24, "query_pre_attn_scalar": 48}
@@ -81,6 +87,23 @@ TINY: dict[str, Tiny] = {
     "qwen3 yarn tempered": qwen3(
         rope_scaling={**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 16.0},
         num_hidden_layers=1,
+    ),
+    "qwen3 moe": qwen3_moe(norm_topk_prob=True, rope_theta=1e6),
+    "qwen3 moe sliding": qwen3_moe(
+        use_sliding_window=True,
+        sliding_window=24,
+        max_window_layers=1,
+        mlp_only_layers=[1],
+        num_experts_per_tok=1,
+        tie_word_embeddings=True,
+    ),
+    "qwen3 moe by turns": qwen3_moe(
+        num_hidden_layers=12,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3, 10],
+        num_experts=7,
+        moe_intermediate_size=32,
+        attention_bias=True,
     ),
     "gemma3": gemma3(),
     "gemma3 shallow": gemma3(num_hidden_layers=4, sliding_window_pattern=3),

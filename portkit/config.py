@@ -146,6 +146,19 @@ class ConfigReader:
                 )
         return tuple(value)
 
+    def layers(self, key: str, num_layers: int) -> frozenset[int] | None:
+        """A list of layers by number, or None where the key is absent or null."""
+        value = self._value(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(type(one) is int for one in value):
+            raise self._wrong(key, value, "a list of layer numbers")
+        if beyond := [one for one in value if not 0 <= one < num_layers]:
+            raise self.contradiction(
+                f"{key} names layer {beyond[0]}, and there are {num_layers}, from 0 on"
+            )
+        return frozenset(value)
+
     def pin(self, key: str, *allowed: Any, because: str) -> None:
         """Refuse any value but those under which leaving the key out of the port is right."""
         value = self._value(key)

@@ -211,6 +211,13 @@ class Plan:
     dropped: tuple[Drop, ...]
     """Here `source` is the tensor's name."""
 
+    def split(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that go to disk, by canonical name; a tied one once."""
+        tensors: dict[str, Tensor] = {}
+        for claim in self.claims:
+            tensors |= claim.split(parameters[claim.parameter])
+        return tensors
+
 
 @dataclass(frozen=True)
 class WeightMap:

@@ -230,6 +230,30 @@ CONFIG_VALUES = [
         base="qwen3",
     ),
     Case(
+        "more experts chosen than there are",
+        config({"num_experts_per_tok": 4}),
+        ("num_experts_per_tok 4", "num_experts 3"),
+        base="qwen3_moe",
+    ),
+    Case(
+        "experts counted twice",
+        config({"num_local_experts": 4}),
+        ("num_experts 3", "num_local_experts 4", "keep one"),
+        base="qwen3_moe",
+    ),
+    Case(
+        "dense layer that there is not",
+        config({"mlp_only_layers": [0, 2]}),
+        ("mlp_only_layers names layer 2", "there are 2"),
+        base="qwen3_moe",
+    ),
+    Case(
+        "dense layers no list of numbers",
+        config({"mlp_only_layers": [False, True]}),
+        ("mlp_only_layers must be a list of layer numbers", "[False, True]"),
+        base="qwen3_moe",
+    ),
+    Case(
         "layers that are not parallel",
         config({"use_parallel_block": False}),
         ("use_parallel_block", "False", "supported: True"),

@@ -39,13 +39,14 @@ def published(data_folder: Path) -> dict[str, int]:
     assert line is not None
     counts, family = {}, ""
     for entry in line[1].split(" · "):
-        found = re.match(r"(?:(.*?)[ -])?(\d[\d.]*[MB]) ([\d,]+)", entry)
+        found = re.match(r"(?:(.*?)[ -])?(\d[\d.]*[MB](?:-A\d+B)?) ([\d,]+)", entry)
         if found is None:  # a family that is named without its size
             if whole := re.match(r"([^\d/]+\S*) ([\d,]{9,})", entry):
                 counts[whole[1].lower()] = int(whole[2].replace(",", ""))
             continue
         family = found[1] or family  # sizes of one family follow its name
-        counts[f"{family} {found[2]}".lower()] = int(found[3].replace(",", "").rstrip("."))
+        name = f"{family} {found[2]}".replace("-", " ").lower()
+        counts[name] = int(found[3].replace(",", "").rstrip("."))
     return counts
 
 
@@ -91,7 +92,7 @@ def test_every_ported_config_has_the_published_number_of_parameters(
     known = {name: count for name, count in counts.items() if name in published}
     assert known == {name: published[name] for name in known}
     assert {"gemma 3 270m", "gemma 3 1b", "qwen3 0.6b", "qwen3 1.7b"} <= known.keys()
-    assert {"llama 3.1 8b", "llama 3.2 1b", "llama 3.2 3b"} <= known.keys()
+    assert {"llama 3.1 8b", "llama 3.2 1b", "llama 3.2 3b", "qwen3 30b a3b"} <= known.keys()
     assert {"command r7b", "command a"} <= known.keys()
 
 

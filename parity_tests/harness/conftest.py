@@ -8,7 +8,7 @@ import torch
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
 from portkit.parity import report
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.probing import quick_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.result import NotVerified, ParityResult

@@ -29,7 +29,7 @@ from portkit.parity.kill import NEEDS, Fed
 from portkit.parity.local import Trace
 from portkit.parity.probe import Pass, Probe
 from portkit.parity.reference import Reference
-from portkit.parity.sites import SiteTable
+from portkit.parity.sites import Side, SiteTable
 from portkit.parity.trying import EXPLAINED, NUM_ROWS, SURE, Trying, of_parameter
 
 _MOST_PASSES, _MOST_FORMS, _MOST_PAIRS = 3, 14, 240
@@ -94,10 +94,16 @@ class _Evidence:
         return sorted(self.hypotheses, key=lambda one: -one.explains)
 
 
+def is_observed(side: Side) -> bool:
+    """Whether a side is Transformers' own, of which the catalogue knows what is public."""
+    return isinstance(side, Reference)
+
+
 class Diagnosis:
     """Takes in passes with their culprits, and tells the causes at the end."""
 
-    def __init__(self, reference: Reference, table: SiteTable, probe: Probe) -> None:
+    def __init__(self, reference: Side, table: SiteTable, probe: Probe) -> None:
+        assert isinstance(reference, Reference), "the catalogue's levers are its"
         self.facts = Facts(reference, table)
         self.book = Cookbook(self.facts, candidates)
         self.probe = probe
@@ -113,9 +119,9 @@ class Diagnosis:
         self._scenes[one.name] = self._scenes_of.of(one, trace)
         self._seen.append(one.name)
 
-    def let_go(self) -> None:
-        """Forget the passes that were recorded."""
-        self._scenes.clear()
+    def let_go(self, one: Pass) -> None:
+        """Forget a pass that was recorded."""
+        self._scenes.pop(one.name, None)
 
     @torch.no_grad()
     def parameter(self, name: str, port: Tensor, reference: Tensor) -> None:

@@ -85,9 +85,9 @@ def _of_tokens(one: Pass, unequal: Tensor) -> list[str]:
     wrong = unequal.flatten(1).any(1)
     if bool(wrong.all()) or not bool(wrong.any()):
         return []
-    batch = where[wrong][:, 0].unique().tolist()
+    batch = set(where[wrong][:, 0].tolist())
     padded = [row for row in range(len(one.input_ids)) if not bool(one.real[row].all())]
-    if padded and set(batch) <= set(padded):
+    if padded and batch <= set(padded):
         return ["only in padded rows"]
     columns = where[:, 1]
     start = int(columns[wrong].min())

@@ -23,7 +23,7 @@ NUM_WORST = 3
 LOGITS = "#logits"
 """The site that every model has: what it returns."""
 _LOGITS_DIMS = "batch position vocabulary"
-_BLOCK = 1 << 24
+BLOCK = 1 << 24
 """Values that are compared in float64 at a time."""
 
 
@@ -37,8 +37,8 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
 
     Keys and values reach back over the cache: their tokens are the last of past and new.
     """
-    moved = tensor.movedim(token_dim(dims), 1)
     batch = len(one.input_ids)
+    moved = _by_row(tensor, dims, batch).movedim(token_dim(dims), 1)
     moved = moved.expand(batch, *moved.shape[1:])  # masks and tables may be for all rows one
     if one.attention_mask is None:
         return moved.reshape(moved.shape[0] * moved.shape[1], -1)
@@ -48,6 +48,12 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
 def picked(found: Tensor) -> Tensor:
     """At most 64 rows, spread evenly."""
     return found[:: max(1, len(found) // 64)][:64]
+
+
+def _by_row(tensor: Tensor, dims: str, batch: int) -> Tensor:
+    """Experts see all rows' tokens as one row: (batch x tokens, …) to (batch, tokens, …)."""
+    in_one = tensor.dim() == len(dims.split()) - 1
+    return tensor.reshape(batch, -1, *tensor.shape[1:]) if in_one else tensor
 
 
 @dataclass
@@ -181,7 +187,7 @@ class Ledger:
     def add_tokens(self, name: str, one: Pass, sums: Tensor, like: Tensor) -> None:
         """`token_sums` of one pass, where the site holds a tensor `like` this one."""
         account = self.sites[name]
-        moved = like.movedim(token_dim(account.dims), 1)
+        moved = _by_row(like, account.dims, len(one.input_ids)).movedim(token_dim(account.dims), 1)
         account.inner = tuple(moved.shape[2:])
         account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, moved.shape[1])
 
@@ -207,7 +213,7 @@ def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRec
     if torch.equal(ours, theirs):
         return None
     num_unequal, found = 0, []
-    step = max(1, _BLOCK // ours.shape[1])
+    step = max(1, BLOCK // ours.shape[1])
     for start, end in pairwise([*range(0, len(ours), step), len(ours)]):
         a, b = ours[start:end], theirs[start:end]
         unequal = a != b
@@ -231,6 +237,7 @@ def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRec
 def _worst(one: Pass, dims: str, port: Tensor, reference: Tensor, place: int) -> Worst:
     """The value at a place among the values of the real tokens."""
     where = token_dim(dims)
+    port, reference = (_by_row(each, dims, len(one.input_ids)) for each in (port, reference))
     moved = port.movedim(where, 1)
     inner = tuple(moved.shape[2:])
     token, rest = divmod(place, max(1, math.prod(inner)))

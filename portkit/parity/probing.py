@@ -23,6 +23,9 @@ from portkit.parity.result import NotVerified
 _PLAIN_LENGTH = 64
 """Stands for the window where there is none: from here on the large matrix kernels run."""
 
+_TRAINED_LENGTH = 136
+"""A batch's logits are held with their graph: of a large vocabulary they are gigabytes."""
+
 
 class _Tokens:
     """Token ids drawn from a seed, one call after the other."""
@@ -74,6 +77,11 @@ def thorough_probe(model: CausalLM, seed: int = 0) -> Probe:
         _far(draw(1, long), model.config.max_position_embeddings),
     ]
     return Probe("thorough", tuple(passes), is_complete=True)
+
+
+def training_batch(model: CausalLM, seed: int = 0) -> Tensor:
+    """Token ids (2, tokens) to differentiate a loss of: beyond the window where that is short."""
+    return _Tokens(model, seed)(2, _within(model, min(_length(model) + 9, _TRAINED_LENGTH)))
 
 
 def probe_of_tokens(name: str, tokens: Sequence[int]) -> Probe:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from portkit.architecture import CausalLM, Site
+from portkit.nn.moe import Routing
 from portkit.nn.rope import RotaryEmbedding
 from portkit.parity.probe import Pass
 from portkit.weights import Template
@@ -28,33 +29,92 @@ from portkit.weights import Template
 Visit = Callable[[str, Tensor], Tensor]
 
 QKV = ("query", "key", "value")
+EXPERTS = "#experts"
 
 
-class Side(Protocol):
-    """A model that can be run and watched: the port, or the reference."""
+class CannotRun(Exception):
+    """A side does not run a pass; says why. That pass is not verified."""
 
-    def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
-        """One pass's logits (batch, tokens, vocab_size), of the last tokens where it says so.
 
-        `caches` holds what earlier passes left, by their names, and takes what this one leaves.
-        """
-        ...
+class Watched(Protocol):
+    """What can be watched while it runs."""
 
     def module_sites(self) -> Mapping[str, nn.Module]:
         """Modules by the text-only reference's names."""
+        ...
+
+    def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
+        """Visit what a module returns: its first tensor, or a router's logits and choice."""
         ...
 
     def watch_attention(self, visit: Visit) -> Any:
         """A context in which `#query`, `#key`, `#value`, `#mask` and `#context` are visited."""
         ...
 
+    def watch_tables(self, visit: Visit) -> Any:
+        """A context in which the rotary tables are visited."""
+        ...
+
+
+class Side(Watched, Protocol):
+    """A model that can be run and watched, as the port or as the reference."""
+
+    @property
+    def attention(self) -> str:
+        """The name of the attention kernel that runs."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its activations are in."""
+        ...
+
+    @property
+    def is_partial(self) -> bool:
+        """It may do without modules and points of the reference; what it lacks is not verified."""
+        ...
+
+    @property
+    def model(self) -> nn.Module | None:
+        """What holds all its parameters, if one module does."""
+        ...
+
+    def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
+        """One pass's logits (batch, tokens, vocab_size), of the last tokens where it says so.
+
+        `caches` holds what earlier passes left, by their names, and takes what this one leaves.
+        Raises `CannotRun` where the side is partial and does not run such a pass.
+        """
+        ...
+
+    def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """Parameters by the other side's names, those that there are."""
+        ...
+
+    def plain_experts(self) -> Any:
+        """A context in which experts run in the form that takes float64."""
+        ...
+
     def table_modules(self) -> Mapping[str, nn.Module]:
         """The modules that make the rotary tables, which depend on positions alone."""
         ...
 
-    def watch_tables(self, visit: Visit) -> Any:
-        """A context in which the rotary tables are visited."""
+    def kernels(self) -> Mapping[str, Callable[..., Any]]:
+        """Its own attention kernels: (module, query, key, value, mask, …) each."""
         ...
+
+    def other_kernel(self) -> Any:
+        """A context in which it runs with the attention kernel that was not asked for, if any."""
+        ...
+
+
+def parameters_of(side: Watched) -> dict[str, nn.Parameter]:
+    """A side's parameters by its sites' names, a tied one under each of its names."""
+    return {
+        f"{name}.{own}": parameter
+        for name, module in side.module_sites().items()
+        for own, parameter in module.named_parameters(recurse=False)
+    }
 
 
 class SiteTable:
@@ -67,6 +127,11 @@ class SiteTable:
         self._templates = [(Template(site.name), site.dims) for site in sites]
         self._layers = layers
         self._known: dict[str, str | None] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The templates that are declared."""
+        return tuple(template.text for template, _ in self._templates)
 
     def dims(self, name: str) -> str | None:
         """The dimensions of a site, None where it is not declared or not among the layers.
@@ -92,7 +157,7 @@ class SiteTable:
 
 
 @contextmanager
-def watching(side: Side, table: SiteTable, visit: Visit) -> Iterator[None]:
+def watching(side: Watched, table: SiteTable, visit: Visit) -> Iterator[None]:
     """Have `visit` called at every declared site while a model of `side` runs."""
 
     def declared(name: str, tensor: Tensor) -> Tensor:
@@ -101,23 +166,21 @@ def watching(side: Side, table: SiteTable, visit: Visit) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in side.module_sites().items():
             if table.dims(name) is not None:
-                for handle in _hooks(name, module, declared):
+                for handle in _hooks(side, name, module, declared):
                     stack.callback(handle.remove)
         stack.enter_context(side.watch_attention(declared))
         stack.enter_context(side.watch_tables(declared))
         yield
 
 
-def _hooks(name: str, module: nn.Module, visit: Visit) -> list[Any]:
-    roles = _Roles(module)
+def _hooks(side: Watched, name: str, module: nn.Module, visit: Visit) -> list[Any]:
+    roles = Roles(module)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return roles.visit(args, kwargs, lambda role, tensor: visit(f"{name}:in{role}", tensor))
 
     def after(_: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> Any:
-        if isinstance(output, tuple):  # the reference's attention also returns its weights
-            return (visit(name, output[0]), *output[1:])
-        return visit(name, output)
+        return side.visit_output(name, output, visit)
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -131,7 +194,7 @@ def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
 
 
-class _Roles:
+class Roles:
     """Which arguments of a module are observed, by role and not by place.
 
     The first tensor is the input; rotary tables come as `cos` and `sin`, or as a pair called
@@ -181,6 +244,12 @@ def visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     return mask
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the eager kernel wants it: zero where visible, else the dtype's lowest."""
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, lowest)
+
+
 def visit_inputs(
     name: str, visit: Visit, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -197,12 +266,35 @@ def visit_inputs(
     return query, key, value, mask
 
 
+def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
+    """Visit a router's logits, under its own name, and then its choice, under its block's.
+
+    The choice is always the weights of all experts, zero where not chosen, whatever form a router
+    gives it in. One that the visitor leaves as it is keeps its form.
+    """
+    logits = visit(router, routing.logits)
+    weights, experts = routing.weights, routing.experts
+    effective = torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, experts, weights)
+    seen = visit(router.rpartition(".")[0] + EXPERTS, effective)
+    if seen is not effective:
+        most = int((seen != 0).sum(-1).max())
+        weights, experts = seen.topk(max(1, most))
+    return Routing(logits, weights, experts)
+
+
 class PortSide:
     """Our own model. `length`: how many tokens its caches are made for."""
+
+    attention = "port"
+    is_partial = False
 
     def __init__(self, model: CausalLM, length: int) -> None:
         self.model, self.length = model, length
         self._modules = dict(model.named_modules())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
@@ -213,8 +305,25 @@ class PortSide:
         caches[one.name] = cache
         return self.model.logits(hidden[:, -(one.num_logits or one.num_tokens) :])
 
+    def differentiable_logits(self, input_ids: Tensor) -> Tensor:
+        """Logits of (batch, tokens) ids in one pass without a cache, with their graph."""
+        logits: Tensor = self.model(input_ids)
+        return logits
+
     def module_sites(self) -> Mapping[str, nn.Module]:
         return self._modules
+
+    def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
+        if isinstance(output, Routing):
+            return visit_routing(name, visit, output)
+        return visit(name, output)
+
+    def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        held = parameters_of(self)
+        return {name: held[name] for name in names if name in held}
+
+    def plain_experts(self) -> Any:
+        return nullcontext()
 
     @contextmanager
     def watch_attention(self, visit: Visit) -> Iterator[None]:
@@ -246,6 +355,12 @@ class PortSide:
                 after = _table_hook(f"{prefix.rstrip('.')}#", kind, visit)
                 stack.callback(module.register_forward_hook(after).remove)
             yield
+
+    def kernels(self) -> Mapping[str, Callable[..., Any]]:
+        return {}
+
+    def other_kernel(self) -> Any:
+        return nullcontext()
 
 
 def _table_hook(prefix: str, suffix: str, visit: Visit) -> Callable[..., Any]:

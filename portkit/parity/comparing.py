@@ -7,13 +7,14 @@ held against the truth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from portkit.parity.diagnose import Cause, Diagnosis
+from portkit.errors import PortError
+from portkit.parity.diagnose import Cause, Diagnosis, is_observed
 from portkit.parity.judge import Verdict, judge
 from portkit.parity.kill import KillMatrix
 from portkit.parity.ledger import (
@@ -25,19 +26,30 @@ from portkit.parity.ledger import (
     squares_of,
     token_dim,
 )
-from portkit.parity.local import Calls, Trace, calls_kept, looked_at, recorder, taught
+from portkit.parity.local import (
+    Calls,
+    Recording,
+    Trace,
+    calls_kept,
+    fitted,
+    looked_at,
+    recorder,
+    taught,
+)
+from portkit.parity.precision import release_freed_memory
 from portkit.parity.probe import Pass, Probe
-from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified
-from portkit.parity.sites import QKV, PortSide, SiteTable, watching
-from portkit.parity.truth import Recording, Truth
+from portkit.parity.sites import QKV, CannotRun, Side, SiteTable, parameters_of, watching
+from portkit.parity.truth import Truth
+from portkit.parity.unseen import Unseen
+from portkit.parity.whole import WholeTruth
 
 Tell = Callable[[str], None]
 
 
 def compare(
-    port: PortSide,
-    reference: Reference,
+    port: Side,
+    reference: Side,
     table: SiteTable,
     probe: Probe,
     tell: Tell = lambda _: None,
@@ -50,28 +62,28 @@ def compare(
     comparing = _Comparing(port, reference, table, probe)
     comparing.matrix = matrix
     comparing.parameters()
-    for group in _groups(probe):
+    for group in groups(probe):
         for one in group:
             tell(one.name)
             comparing.run(one)
         tell(f"{group[-1].name} in float64")
         comparing.judge()
-    dtype = str(next(port.model.parameters()).dtype).removeprefix("torch.")
+    if (reason := comparing.unseen.nothing_ran()) is not None:
+        raise PortError(f"nothing was compared: {reason}")
+    sites = comparing.ledger.sites
     return Comparison(
-        dtype,
+        str(port.dtype).removeprefix("torch."),
         probe,
-        tuple(map(judge, comparing.ledger.sites.values())),
-        comparing.ledger.sites,
-        tuple(
-            NotVerified(f"{name}: the same function", f"the port cannot run in float64: {reason}")
-            for name, reason in comparing.truth.unasked.items()
-        ),
+        tuple(map(judge, sites.values())),
+        sites,
+        tuple(comparing.not_verified()),
         () if matrix is None else matrix.fates(),
-        comparing.causes(),
+        (*comparing.truth.notes, *comparing.unseen.widened),
+        causes=comparing.causes(),
     )
 
 
-def _groups(probe: Probe) -> list[list[Pass]]:
+def groups(probe: Probe) -> list[list[Pass]]:
     """Passes in a row whose recordings together are no larger than the largest pass's.
 
     A layer is upcast once for a group. What a pass records is about so much a token; of the past
@@ -93,15 +105,19 @@ def _groups(probe: Probe) -> list[list[Pass]]:
 
 
 class _Comparing:
-    def __init__(
-        self, port: PortSide, reference: Reference, table: SiteTable, probe: Probe
-    ) -> None:
+    def __init__(self, port: Side, reference: Side, table: SiteTable, probe: Probe) -> None:
         self.port, self.reference, self.table = port, reference, table
-        composite = (n for n, m in port.module_sites().items() if any(True for _ in m.children()))
+        self.probe = probe
+        composite = {
+            name.rpartition(".")[0] for name in port.module_sites() if table.dims(name) is not None
+        }
         self.ledger = Ledger(table, composite)
-        self.truth = Truth(port, reference, table, self.ledger)
+        self.is_partial = port.is_partial or reference.is_partial
+        truth = WholeTruth if self.is_partial else Truth
+        self.truth = truth(port, reference, table, self.ledger)
+        self.unseen = Unseen()
         self.matrix: KillMatrix | None = None
-        self.diagnosis = Diagnosis(reference, table, probe)
+        self.diagnosis = Diagnosis(reference, table, probe) if is_observed(reference) else None
         self._recordings: list[Recording] = []
         self._compares_logits = table.dims("lm_head") is not None
         self._reference_caches: dict[str, Any] = {}
@@ -114,36 +130,52 @@ class _Comparing:
     @torch.no_grad()
     def parameters(self) -> None:
         """Both sides read the same file, each by its own map: what they hold is compared first."""
-        theirs = {
-            f"{name}.{own}": parameter
-            for name, module in self.reference.module_sites().items()
-            for own, parameter in module.named_parameters(recurse=False)
+        declared = {
+            name: one for name, one in parameters_of(self.port).items() if self._observes(name)
         }
-        for name, ours in self.port.model.named_parameters(remove_duplicate=False):
-            if self.table.dims(name.rpartition(".")[0]) is None:
-                continue
-            account = self.ledger.parameter(name)
+        theirs = self.reference.parameters(declared)
+        for name, ours in declared.items():
             held = theirs.get(name)
+            if self.is_partial:
+                if held is not None and ours.shape == held.shape and bool((ours == held).all()):
+                    self.ledger.parameter(name)
+                continue  # else laid out in its own way: what modules make of it is compared
+            account = self.ledger.parameter(name)
             if held is None:
                 account.missing = True
             elif held.shape != ours.shape or held.dtype != ours.dtype:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
             elif not torch.equal(ours, held):
                 account.unequal.append(difference_as_loaded(account, ours, held))
-                self.diagnosis.parameter(name, ours, held)
+                if self.diagnosis is not None:
+                    self.diagnosis.parameter(name, ours, held)
+        self.unseen.parameters = len(self.ledger.sites), len(parameters_of(self.reference))
+
+    def _observes(self, parameter: str) -> bool:
+        """Whether a parameter's module is declared, or of a list of them the module that has it."""
+        module = parameter.rpartition(".")[0]
+        if isinstance(self.port.module_sites()[module], nn.ParameterList):
+            module = module.rpartition(".")[0]
+        return self.table.dims(module) is not None
 
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""
         self.truth.judge(self._recordings)
-        for one in self._recordings:
-            for site, ours in (*one.misshapen.items(), *one.unequal.items(), *one.apart.items()):
-                if judge(self.ledger.site(site)).verdict is Verdict.diverged:
-                    self.diagnosis.culprit(site, one.run, ours, exact=site in one.apart)
-        self.diagnosis.let_go()
+        if self.diagnosis is not None:
+            for one in self._recordings:
+                self._diagnose(self.diagnosis, one)
         self._recordings.clear()
 
+    def _diagnose(self, diagnosis: Diagnosis, one: Recording) -> None:
+        for site, ours in (*one.unequal.items(), *one.misshapen.items(), *one.apart.items()):
+            if judge(self.ledger.site(site)).verdict is Verdict.diverged:
+                diagnosis.culprit(site, one.run, ours, exact=site in one.apart)
+        diagnosis.let_go(one.run)
+
     def causes(self) -> dict[str, Cause]:
-        """Why each culprit differs."""
+        """Why each culprit differs; nothing where the reference is not one to be observed."""
+        if self.diagnosis is None:
+            return {}
         judged = map(judge, self.ledger.sites.values())
         return self.diagnosis.causes(one for one in judged if one.verdict is Verdict.diverged)
 
@@ -151,33 +183,51 @@ class _Comparing:
     def run(self, one: Pass) -> None:
         """One pass: record, run freely, run taught."""
         trace: Trace = {}
-        with (
-            watching(self.reference, self.table, recorder(trace)),
-            calls_kept(self.reference, self.table) as calls,
-        ):
-            logits = self.reference.run(one, self._reference_caches)
+        try:
+            with (
+                watching(self.reference, self.table, recorder(trace)),
+                calls_kept(self.reference, self.table) as calls,
+            ):
+                logits = self._logits(self.reference, one, self._reference_caches)
+        except CannotRun as error:
+            self.unseen.refuse("reference", one, error)
+            return
         if self._compares_logits:
             trace[LOGITS] = logits
-        for name in trace:  # in the reference's order, also what the port turns out not to have
-            self.ledger.site(name)
+        for name in () if self.is_partial else trace:
+            self.ledger.site(name)  # in the reference's order, also what the port has not
         del logits
         if self.matrix is not None:
             self.matrix.see(one, trace)
-        self.diagnosis.recorded(one, trace)
+        if self.diagnosis is not None:
+            self.diagnosis.recorded(one, trace)
         recording = Recording(one, trace, calls, Calls())
-        self._run_freely(recording)
-        self._run_taught(recording)
-        for name in trace:
+        try:
+            self._run_freely(recording)
+            self._run_taught(recording)
+        except CannotRun as error:
+            self.unseen.refuse("port", one, error)
+            return
+        self.unseen.passed(trace)
+        for name in trace if not self.is_partial else ():
             account = self.ledger.site(name)
             account.missing = account.missing or name not in recording.seen
-        trace.pop(LOGITS, None)  # it has no truth of its own; the head has
+        if not self.is_partial:
+            trace.pop(LOGITS, None)  # it has no truth of its own; the head has
         self._recordings.append(recording)
+        release_freed_memory()
+
+    def _logits(self, side: Side, one: Pass, caches: dict[str, Any]) -> Tensor:
+        logits = side.run(one, caches)
+        if one.name not in self._continued:
+            caches.pop(one.name, None)  # all passes' together would outweigh the largest of them
+        return logits
 
     def _run_freely(self, recording: Recording) -> None:
         one, trace = recording.run, recording.trace
 
         def look(name: str, ours: Tensor, theirs: Tensor) -> None:
-            account = self.ledger.site(name)
+            account, ours = self.ledger.site(name), self._as_theirs(name, ours, theirs)
             if ours.shape[1:] != theirs.shape[1:]:
                 account.carried.append(one.name)
             elif (found := difference(one, account.dims, ours, theirs)) is not None:
@@ -186,17 +236,18 @@ class _Comparing:
                     a, b = (rows(each, account.dims, one).double() for each in (ours, theirs))
                     account.carried_error.add(squares_of(a - b), len(a))
 
-        with watching(self.port, self.table, looked_at(trace, look)):
-            logits = self.port.run(one, self._free_caches)
+        visit = self.unseen.of_port(fitted(trace, looked_at(trace, look)))
+        with watching(self.port, self.table, visit):
+            logits = self._logits(self.port, one, self._free_caches)
         if LOGITS in trace:
-            look(LOGITS, logits, trace[LOGITS])
+            visit(LOGITS, logits)
 
     def _run_taught(self, recording: Recording) -> None:
         one, trace = recording.run, recording.trace
 
         def compare_one(name: str, ours: Tensor, theirs: Tensor) -> None:
             recording.seen.add(name)
-            account = self.ledger.site(name)
+            account, ours = self.ledger.site(name), self._as_theirs(name, ours, theirs)
             if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
                 account.misshapen = account.misshapen or (
                     f"{list(ours.shape)} {ours.dtype} against {list(theirs.shape)} {theirs.dtype}"
@@ -209,17 +260,35 @@ class _Comparing:
             if record is not None:
                 account.unequal.append(record)
                 recording.unequal[name] = ours.clone()
-                if name == LOGITS:  # which is not held against a truth
+                if name == LOGITS and not self.is_partial:  # which has no truth
                     self.ledger.add_difference(name, one, ours, theirs)
 
         with (
             calls_kept(self.port, self.table) as calls,
-            watching(self.port, self.table, taught(trace, compare_one)),
+            watching(self.port, self.table, fitted(trace, taught(trace, compare_one))),
         ):
-            logits = self.port.run(one, self._taught_caches)
+            logits = self._logits(self.port, one, self._taught_caches)
         if LOGITS in trace:
             compare_one(LOGITS, logits, trace[LOGITS])
         recording.port_calls = calls
+
+    def _as_theirs(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
+        """What a partial side holds in a wider dtype, rounded once."""
+        if ours.dtype == theirs.dtype or not (self.is_partial and ours.is_floating_point()):
+            return ours
+        if not theirs.is_floating_point():
+            return ours
+        self.unseen.widen(name, ours.dtype)
+        return ours.to(theirs.dtype)
+
+    def not_verified(self) -> Iterator[NotVerified]:
+        """What could not be asked, and what was not seen."""
+        for name, reason in self.truth.unasked.items():
+            yield NotVerified(
+                f"{name}: the same function", f"it cannot be asked in float64: {reason}"
+            )
+        if self.is_partial:
+            yield from self.unseen.not_verified(self.probe)
 
     def _without_inherited(self, one: Pass, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
         """Keys or values, those taken as right that were wrong already in the pass before.
