@@ -30,9 +30,9 @@ from portkit.parity.local import Trace
 from portkit.parity.probe import Pass, Probe
 from portkit.parity.reference import Reference
 from portkit.parity.sites import Side, SiteTable
-from portkit.parity.trying import EXPLAINED, NUM_ROWS, SURE, Trying, of_parameter
+from portkit.parity.trying import EXPLAINED, NUM_ROWS, Trying, of_parameter
 
-_MOST_PASSES, _MOST_FORMS, _MOST_PAIRS = 3, 14, 240
+_MOST_PASSES, _MOST_FORMS, _MOST_PAIRS = 3, 14, 400
 _PAIR_LEAVES = 0.01
 """Of what a single fault leaves unexplained, the most that a pair may leave."""
 _KEPT, _TOLD = 12, 3
@@ -164,7 +164,7 @@ class Diagnosis:
         for each in kept:
             each.scores.append(trying.score(each.recipe))
         kept = kept + self._fitted(trying, evidence)
-        if max((each.explains for each in kept), default=0.0) < SURE:
+        if max((each.explains for each in kept), default=0.0) < trying.enough:
             kept = kept + self._pairs(scene, site, trying, kept)
         evidence.hypotheses = kept
         explained = {
@@ -210,7 +210,7 @@ class Diagnosis:
             for fault in CATALOGUE:
                 if len(first.faults) > 1 or fault is first.faults[0]:
                     continue
-                for edited in islice(fault.edit(first.recipe, place), 3):
+                for edited in islice(fault.edit(first.recipe, place), 5):
                     if edited in seen or len(seen) >= _MOST_PAIRS:
                         continue
                     seen.add(edited)
@@ -258,6 +258,8 @@ class Diagnosis:
         singles = [one for one in best if len(one.faults) == 1]
         if singles and 1 - best[0].explains > _PAIR_LEAVES * (1 - singles[0].explains):
             best = singles  # a pair is believed where it leaves next to nothing of the rest
+        elif best and len(best[0].faults) > 1:
+            best = [one for one in best if len(one.faults) > 1]
         return [one for one in best if one.explains >= best[0].explains - 1e-3]
 
     def _rank(

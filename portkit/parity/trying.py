@@ -19,8 +19,8 @@ from portkit.parity.precision import casts_lifted
 
 EXPLAINED = 0.9
 """The share of the difference that a cause takes away, at the least."""
-SURE = 1 - 1e-4
-"""From here on nobody looks for a second fault at the same site."""
+_ROUNDING = 4.0
+"""Steps of the dtype, relative RMS, within which a recipe has reproduced a tensor."""
 NUM_ROWS = 512
 """Of a parameter."""
 
@@ -113,6 +113,15 @@ class Trying:
         gap = _size(ours.double() - theirs.double())
         total = self._difference(ours)
         return 1 - gap / total if total and math.isfinite(gap) else -1.0
+
+    @property
+    def enough(self) -> float:
+        """The share from which on what is left is rounding: nobody looks for a second fault."""
+        ours = (self.port if self.exact else self._rows(self.port)).double()
+        step = 1e-13 if self.exact else torch.finfo(self.scene.facts.dtype).eps
+        total = self._difference(ours)
+        left = (_ROUNDING * step) ** 2 * _size(ours)
+        return max(EXPLAINED, 1 - left / total) if total else EXPLAINED
 
     def _difference(self, ours: Tensor) -> float:
         """Of port and reference; of other shapes, or kinds of numbers, a hundredth of the port."""
