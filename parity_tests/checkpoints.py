@@ -55,6 +55,14 @@ def qwen3_moe(**config: Any) -> Tiny:
     return Tiny("Qwen3Moe", {**_SHARED, **heads, **experts, "head_dim": 40, **config})
 
 
+def llama4(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 5, "intermediate_size": 96, "intermediate_size_mlp": 160}
+    chunks = {"attention_chunk_size": 24, "floor_scale": 7, "attn_scale": 0.3}
+    given = {**_SHARED, **heads, **experts, **chunks, "head_dim": 40, **config}
+    return Tiny("Llama4", given)
+
+
 def gemma3(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2}
     windows = {"sliding_window": 24, "query_pre_attn_scalar": 48}
@@ -105,6 +113,24 @@ TINY: dict[str, Tiny] = {
         moe_intermediate_size=32,
         attention_bias=True,
     ),
+    "llama4 scout": llama4(rope_parameters={**LLAMA3_ROPE, "rope_theta": 500000.0}),
+    "llama4 maverick": llama4(
+        num_hidden_layers=12,
+        interleave_moe_layer_step=2,
+        num_local_experts=3,
+        intermediate_size=32,
+        use_qk_norm=False,
+    ),
+    "llama4 crowded": llama4(
+        num_hidden_layers=3,
+        num_experts_per_tok=3,
+        num_local_experts=7,
+        no_rope_layers=[0, 1, 0],
+        moe_layers=[1, 2],
+        attn_temperature_tuning=False,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
     "gemma3": gemma3(),
     "gemma3 shallow": gemma3(num_hidden_layers=4, sliding_window_pattern=3),
     "gemma3 scaled": gemma3(
@@ -132,7 +158,9 @@ def save_tiny(tiny: Tiny, folder: Path, dtype: torch.dtype, seed: int = 0) -> No
     """Write a checkpoint of random weights as the reference's own `save_pretrained` does."""
     import transformers
 
-    config_class = {"Gemma3": "Gemma3TextConfig"}.get(tiny.family, f"{tiny.family}Config")
+    config_class = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}.get(
+        tiny.family, f"{tiny.family}Config"
+    )
     config = getattr(transformers, config_class)(**tiny.config)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{tiny.family}ForCausalLM")(config)
@@ -140,11 +168,13 @@ def save_tiny(tiny: Tiny, folder: Path, dtype: torch.dtype, seed: int = 0) -> No
     model.to(dtype).save_pretrained(folder)
 
 
-def save_tiny_multimodal(folder: Path, dtype: torch.dtype, seed: int = 0) -> None:
-    """A Gemma 3 checkpoint with a vision tower around the language model, as 4B to 27B are."""
+def save_tiny_multimodal(
+    folder: Path, dtype: torch.dtype, seed: int = 0, family: str = "Gemma3"
+) -> None:
+    """A checkpoint with a vision tower around the language model, as Gemma 3 4B to 27B are, or
+    Llama 4."""
     import transformers
 
-    text = {**gemma3(num_hidden_layers=3, sliding_window_pattern=3).config, "vocab_size": 512}
     vision = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -153,11 +183,17 @@ def save_tiny_multimodal(folder: Path, dtype: torch.dtype, seed: int = 0) -> Non
         "image_size": 56,
         "patch_size": 14,
     }
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=511
+    if family == "Gemma3":
+        text = gemma3(num_hidden_layers=3, sliding_window_pattern=3).config
+        outer = {"mm_tokens_per_image": 4, "image_token_index": 511}
+    else:
+        text, outer = TINY["llama4 scout"].config, {}
+        vision |= {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}
+    config = getattr(transformers, f"{family}Config")(
+        text_config={**text, "vocab_size": 512}, vision_config=vision, **outer
     )
     torch.manual_seed(seed)
-    model = transformers.Gemma3ForConditionalGeneration(config)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
     randomise(model)
     model.to(dtype).save_pretrained(folder)
 

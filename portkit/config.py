@@ -132,6 +132,13 @@ class ConfigReader:
             raise self._wrong(key, value, "true or false")
         return value
 
+    def switch(self, key: str, default: bool) -> bool:
+        """A boolean that some files write as a number: any but zero is true."""
+        value = self._value(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value != 0
+        return self.flag(key, default)
+
     def words(self, key: str, length: int, allowed: Sequence[str]) -> tuple[str, ...] | None:
         """A list of `length` words out of `allowed`, or None where the key is absent or null."""
         value = self._value(key)
@@ -158,6 +165,15 @@ class ConfigReader:
                 f"{key} names layer {beyond[0]}, and there are {num_layers}, from 0 on"
             )
         return frozenset(value)
+
+    def bits(self, key: str, num_layers: int) -> tuple[bool, ...] | None:
+        """A list with 0 or 1 for each layer, or None where the key is absent, null or empty."""
+        value = self._value(key)
+        if value is None or value == []:
+            return None
+        if not isinstance(value, list) or len(value) != num_layers or not {*value} <= {0, 1}:
+            raise self._wrong(key, value, f"a list of {num_layers}, 0 or 1 for each layer")
+        return tuple(map(bool, value))
 
     def pin(self, key: str, *allowed: Any, because: str) -> None:
         """Refuse any value but those under which leaving the key out of the port is right."""

@@ -290,6 +290,48 @@ CONFIG_VALUES = [
         base="cohere2",
     ),
     Case(
+        "layer with experts that there is not",
+        config({"moe_layers": [1, 3]}),
+        ("moe_layers names layer 3", "there are 2"),
+        base="llama4_text",
+    ),
+    Case(
+        "rotating layers for another number of layers",
+        config({"no_rope_layers": [1, 1, 1, 0]}),
+        ("no_rope_layers must be a list of 2", "[1, 1, 1, 0]"),
+        base="llama4_text",
+    ),
+    Case(
+        "rotating layers by their numbers",
+        config({"no_rope_layers": [1, 3]}),
+        ("no_rope_layers must be a list of 2, 0 or 1 for each layer", "[1, 3]"),
+        base="llama4_text",
+    ),
+    Case(
+        "interval that the reference does not read",
+        config({"nope_layer_interval": 3}),
+        ("nope_layer_interval is 3", "supported: 4"),
+        base="llama4_text",
+    ),
+    Case(
+        "chosen experts that there are not",
+        config({"num_experts_per_tok": 4}),
+        ("num_experts_per_tok 4", "num_local_experts 3"),
+        base="llama4_text",
+    ),
+    Case(
+        "temperature a word",
+        config({"text_config.attn_temperature_tuning": "yes"}),
+        ("attn_temperature_tuning must be true or false", "'yes'"),
+        base="llama4",
+    ),
+    Case(
+        "quantised experts",
+        config({"quantization_config": {"quant_method": "compressed-tensors"}}),
+        ("quantization_config", "compressed-tensors", "take the unquantised repository"),
+        base="llama4",
+    ),
+    Case(
         "window of one",
         config({"sliding_window": 1}),
         ("sliding_window must be between 2", "not 1"),

@@ -18,52 +18,15 @@ from torch import Tensor
 
 from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
+from parity_tests.harness.conftest import Recorder, Run
 from portkit import loading
-from portkit.cli import main
 from portkit.parity.sites import SiteTable
 from portkit.parity.trace_file import KEY, TraceFile
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.bfloat16, torch.float32]
-Run = Callable[..., tuple[int, str, str]]
 Described = dict[str, Any]
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(*arguments)`: exit code, stdout and stderr of portkit in this process."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()  # of recordings before
-        with pytest.raises(SystemExit) as exit_:
-            main([str(one) for one in arguments])
-        assert isinstance(exit_.value.code, int)
-        return exit_.value.code, *capsys.readouterr()
-
-    return call
-
-
-Recorder = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def recorded(
-    tiny_checkpoint: CheckpointMaker, tmp_path_factory: pytest.TempPathFactory
-) -> Recorder:
-    """`recorded(name, dtype, *options)`: a trace, recorded once and not to be changed."""
-    made: dict[tuple[object, ...], Path] = {}
-
-    def make(name: str, dtype: torch.dtype, *options: str) -> Path:
-        if (name, dtype, options) not in made:
-            path = tmp_path_factory.mktemp("trace") / "recorded.safetensors"
-            with pytest.raises(SystemExit) as exit_:
-                main(["record", str(tiny_checkpoint(name, dtype)), "-o", str(path), *options])
-            assert exit_.value.code == 0
-            made[name, dtype, options] = path
-        return made[name, dtype, options]
-
-    return make
 
 
 def parts(path: Path) -> tuple[Tensors, Described]:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import coloured, envelope, human_bytes, plural, print_json, table
+from portkit.cli.output import coloured, human_bytes, plural, print_json
+from portkit.columns import table
+from portkit.envelope import envelope
 
 if TYPE_CHECKING:
     from portkit.loading import LoadedModel
@@ -108,14 +110,17 @@ def _prove_and_break(
         for kernel in KERNELS:
             one = demonstration.prove_shipped(folder, dtype, kernel)
             proofs[f"{dtype}, {kernel}"] = one
-    say(_proof_table(proofs))
+            say(
+                f"{_INDENT}{f'{dtype}, {kernel}':<15}  {one.verdict}: {one.num_exact:,} of "
+                f"{len(one.judgements):,} sites equal in every bit over {len(one.probe)} passes"
+            )
     prompt = Tokenizer.open(loaded.files).encode(PROMPT)
     found = demonstration.find_planted(folder, prompt)
     gates, generation = found.gates, found.result.generation
     assert generation is not None, "the demo generates"
     say(
-        f"3. break     one norm of the port divides by {demonstration.EPSILON:g} where the config "
-        f"says 1e-06: {demonstration.SITE}"
+        f"3. break     {demonstration.SITE} is given an epsilon of {demonstration.EPSILON:g} where "
+        f"the checkpoint has {demonstration.epsilon(loaded.model):g}"
     )
     say(table([(_INDENT[2:], *row) for row in _gate_rows(found)]))
     (comparison,) = found.result.comparisons
@@ -130,9 +135,9 @@ def _prove_and_break(
         kind = first.kind or "function"
         say(f"{_INDENT}first made at {first.site}")
         cause = summary.said_cause(fields["first"]["cause"])
-        say(f"{_INDENT}{kind}: {summary.KINDS[kind]}{summary.evidence(first)}")
         if cause:
-            say(f"{_INDENT}cause: {cause}")
+            say(f"{_INDENT}{cause}")
+        say(f"{_INDENT}{kind}: {summary.KINDS[kind]}{summary.evidence(first)}")
     say(f"{_INDENT}report: {where / 'report.html'} (one file: open it in a browser)")
     return proofs, {
         "planted": demonstration.SITE,
@@ -176,21 +181,6 @@ def _gate_rows(found: Found) -> list[tuple[str, str, str]]:
         ),
         ("the same greedy text", f"{num_tokens} tokens {equal}", passes[generation.is_equal]),
     ]
-
-
-def _proof_table(proofs: dict[str, Comparison]) -> str:
-    return table(
-        [
-            (
-                _INDENT[2:],
-                name,
-                f"{one.num_exact:,} of {len(one.judgements):,} sites equal in every bit",
-                f"{len(one.probe)} passes",
-                one.verdict,
-            )
-            for name, one in proofs.items()
-        ]
-    )
 
 
 def _tell(loaded: LoadedModel, aloud: bool) -> tuple[str, float]:

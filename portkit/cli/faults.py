@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from portkit.cli import options, parity
-from portkit.cli.output import plural, print_json, table
+from portkit.cli.output import plural, print_json
+from portkit.columns import table
 
 if TYPE_CHECKING:
     from portkit.parity.teeth import Teeth

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import coloured, envelope, plural, print_json, table
+from portkit.cli.output import coloured, plural, print_json
+from portkit.envelope import envelope
 from portkit.errors import ProbeError, SiteError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from portkit.loading import Blueprint
     from portkit.parity.probe import Probe
     from portkit.parity.result import ParityResult
+    from portkit.parity.trace_file import TraceFile
 
 
 class Gate(StrEnum):
@@ -106,6 +108,15 @@ Sites = Annotated[
         "blocks.{layer}.wo = model.layers.{layer}.self_attn.o_proj",
     ),
 ]
+Golden = Annotated[
+    Path | None,
+    typer.Option(
+        "--golden",
+        metavar="FILE",
+        help="Hold the port against this recording (portkit record), on its probe and in its "
+        "dtype; Transformers is not needed.",
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -133,6 +144,7 @@ def command(
     port: PortOption = None,
     reference: ReferenceOption = None,
     sites: Sites = None,
+    golden: Golden = None,
     gate: GateOption = None,
     prompt: Prompt = None,
     tokens: Tokens = None,
@@ -150,13 +162,20 @@ def command(
     """Hold every activation of the port against the reference in Transformers."""
     choose = probe_choice(prompt, tokens, quick, thorough, seed)
     kept = None if layers is None else layer_range(layers)
+    if golden is not None:
+        _refuse_beside_golden(context)
 
     import torch
 
     from portkit.loading import resolve_device
     from portkit.parity import report, schema
+    from portkit.parity.golden import prove_by
     from portkit.parity.prove import Question, prove
+    from portkit.parity.trace_file import TraceFile
 
+    trace = None if golden is None else TraceFile(golden)
+    if trace is not None and not _is_given(context, "attention"):
+        attention = _recorded_attention(trace)
     where = resolve_device(device)
     if where.type == "mps":
         raise typer.BadParameter("the truth is float64, which mps does not have: --device cpu")
@@ -182,7 +201,7 @@ def command(
         reference=reference,
         sites=None if sites is None else _read_pairs(sites, port, reference),
     )
-    result = prove(question, tell=tell)
+    result = prove(question, tell) if trace is None else prove_by(trace, question, tell)
     tell("")
     answered = {"gate": passing, "device": where.type, "threads": threads}
     fields = {**answered, **schema.as_fields(result)}
@@ -206,12 +225,33 @@ def exit_by(verdict: str, gate: Gate) -> None:
         raise typer.Exit(1)
 
 
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_beside_golden(context: typer.Context) -> None:
+    """A recording has its probe and is the reference: what would choose another is a mistake."""
+    taken = "prompt tokens quick thorough seed port reference reference_attention sites faults"
+    for name in taken.split():
+        if _is_given(context, name):
+            raise typer.BadParameter(
+                f"--golden: the recording is the reference, with a probe of its own: leave "
+                f"--{name.replace('_', '-')} out"
+            )
+
+
+def _recorded_attention(trace: TraceFile) -> options.Attention:
+    """The kernel that was recorded, where it is one that the port has."""
+    named = trace.provenance.attention
+    return next((one for one in options.Attention if one == named), options.Attention.sdpa)
+
+
 def _as_typed(context: typer.Context) -> str:
     """The command with the options that were given, as a shell reads it."""
     words = ["portkit", "parity", str(context.params["repo"])]
     for option in context.command.params:
-        source = context.get_parameter_source(option.name or "")
-        if option.name == "repo" or source is None or source.name != "COMMANDLINE":
+        if option.name == "repo" or not _is_given(context, option.name or ""):
             continue
         value = context.params[option.name or ""]
         if value is True:
@@ -307,11 +347,4 @@ def print_report(result: ParityResult) -> None:
     """What stands below the verdict: counts, layers, the first culprit, what was not seen."""
     from portkit.parity import summary
 
-    for line in summary.headline(result):
-        print(f"  {line}")
-    for number, comparison in enumerate(result.comparisons):
-        if number == 0 or comparison.verdict != "exact":
-            print(f"\n{table([summary.HEADINGS, *summary.layer_rows(comparison)])}")
-    for lines in (summary.details(result), summary.caveats(result)):
-        if lines:
-            print("\n" + "\n".join(lines))
+    print("\n".join(summary.text(result)))

@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from portkit.cli import options, parity
-from portkit.cli.output import human_bytes, plural, print_json, versions
+from portkit.cli.output import human_bytes, plural, print_json
+from portkit.envelope import versions
 
 
 class Engine(StrEnum):

@@ -79,6 +79,13 @@ class SlidingCache:
         return min(num_tokens, self.window - 1)
 
 
+class ChunkedCache(SlidingCache):
+    """Of a layer that attends within chunks of `window` tokens: the last `window - 1`, as above.
+
+    A chunk's first token sees itself alone, whatever is held: the mask says which are visible.
+    """
+
+
 LayerCache = FullCache | SlidingCache
 
 

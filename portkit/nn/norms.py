@@ -43,6 +43,17 @@ class UnitOffsetRMSNorm(nn.Module):
         return normed.to(hidden_states.dtype)
 
 
+class L2Norm(nn.Module):
+    """`x * rsqrt(mean(x**2) + eps)` in float32 and cast back: an RMS norm without a weight."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _normalise(hidden_states, self.eps).to(hidden_states.dtype)
+
+
 class CentredLayerNorm(nn.Module):
     """`weight * (x - mean) * rsqrt(var + eps)`: all of it in float32, the cast last, no bias.
 

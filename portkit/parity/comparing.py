@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from portkit.errors import PortError
 from portkit.parity.diagnose import Cause, Diagnosis, is_observed
@@ -59,7 +59,7 @@ def compare(
 
     `matrix` is shown what the reference had, and tells what became of its faults.
     """
-    comparing = _Comparing(port, reference, table, probe)
+    comparing = Comparing(port, reference, table, probe)
     comparing.matrix = matrix
     comparing.parameters()
     for group in groups(probe):
@@ -104,7 +104,9 @@ def groups(probe: Probe) -> list[list[Pass]]:
     return groups
 
 
-class _Comparing:
+class Comparing:
+    """A comparison as it goes on: passes are held one by one, and then judged together."""
+
     def __init__(self, port: Side, reference: Side, table: SiteTable, probe: Probe) -> None:
         self.port, self.reference, self.table = port, reference, table
         self.probe = probe
@@ -152,11 +154,10 @@ class _Comparing:
         self.unseen.parameters = len(self.ledger.sites), len(parameters_of(self.reference))
 
     def _observes(self, parameter: str) -> bool:
-        """Whether a parameter's module is declared, or of a list of them the module that has it."""
-        module = parameter.rpartition(".")[0]
-        if isinstance(self.port.module_sites()[module], nn.ParameterList):
-            module = module.rpartition(".")[0]
-        return self.table.dims(module) is not None
+        """Whether a parameter's module is declared, or one that it is a part of."""
+        parts = parameter.split(".")
+        modules = (".".join(parts[:end]) for end in range(1, len(parts)))
+        return any(self.table.dims(module) is not None for module in modules)
 
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""
@@ -194,14 +195,19 @@ class _Comparing:
             return
         if self._compares_logits:
             trace[LOGITS] = logits
-        for name in () if self.is_partial else trace:
-            self.ledger.site(name)  # in the reference's order, also what the port has not
         del logits
         if self.matrix is not None:
             self.matrix.see(one, trace)
+        self.hold(Recording(one, trace, calls, Calls(), self.probe.past(one)))
+
+    @torch.no_grad()
+    def hold(self, recording: Recording) -> None:
+        """Run the port freely and taught over a pass that was recorded."""
+        one, trace = recording.run, recording.trace
+        for name in () if self.is_partial else trace:
+            self.ledger.site(name)  # in the reference's order, also what the port has not
         if self.diagnosis is not None:
             self.diagnosis.recorded(one, trace)
-        recording = Recording(one, trace, calls, Calls())
         try:
             self._run_freely(recording)
             self._run_taught(recording)

@@ -27,7 +27,7 @@ from portkit.parity.sites import PortSide, SiteTable
 SITE = "model.layers.3.self_attn.q_norm"
 """Where the mistake is planted."""
 EPSILON = 1e-5
-"""What its norm divides by, in place of the config's 1e-6."""
+"""What its norm is given."""
 COSINE, TOP1, DIFFERENCE = 0.999, 1.0, 1e-3
 """What everyday gates ask of logits: a similarity, an agreement, a largest difference."""
 
@@ -75,10 +75,16 @@ def find_planted(folder: Path, prompt: Iterable[int]) -> Found:
     return Found(gates, ParityResult((comparison,), _generation(loaded, reference, [*prompt])))
 
 
+def epsilon(model: CausalLM) -> float:
+    """What the norm has before the mistake is planted."""
+    norm: Any = model.get_submodule(SITE)
+    return float(norm.eps)
+
+
 def plant(model: CausalLM) -> None:
     """Give one norm another epsilon."""
+    assert epsilon(model) != EPSILON, "the mistake is no mistake here"
     norm: Any = model.get_submodule(SITE)
-    assert norm.eps != EPSILON, "the mistake is no mistake here"
     norm.eps = EPSILON
 
 

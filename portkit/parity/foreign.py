@@ -21,7 +21,7 @@ from portkit.parity.pairs import Paired, SitePairs, near
 from portkit.parity.points import listening
 from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Pass
-from portkit.parity.sites import CannotRun, Roles, SiteTable, Visit, parameters_of
+from portkit.parity.sites import CannotRun, Roles, SiteTable, Visit, parameters_of, reachable
 
 ARGUMENTS = ("input_ids", "positions", "attention_mask", "cache")
 
@@ -57,9 +57,9 @@ class ForeignSide:
         self.model = model if isinstance(model, nn.Module) else None
         self.notes: list[str] = []
         self._takes = _takes(call, origin)
-        reachable = {} if self.model is None else _reachable(self.model)
-        paired = pairs.laid_over(reachable, around.table, around.modules)
-        self._paired = [(reachable[name], pair) for name, pair in paired.items()]
+        within = {} if self.model is None else reachable(self.model)
+        paired = pairs.laid_over(within, around.table, around.modules)
+        self._paired = [(within[name], pair) for name, pair in paired.items()]
         self._running: list[str] = []
         """Names of the paired modules that are running, the innermost last."""
 
@@ -287,17 +287,6 @@ def _takes(call: Callable[..., Any], origin: str) -> _Takes:
     raise PortError(
         f"{origin} takes ({', '.join(names)}): it is called as ({', '.join(ARGUMENTS)}=None)"
     )
-
-
-def _reachable(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by name; of compiled ones the outermost alone: hooks within would undo the fusion."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    compiled = [name for name, module in modules.items() if hasattr(module, "_orig_mod")]
-    return {
-        name: module
-        for name, module in modules.items()
-        if name and not any(name.startswith(f"{one}." if one else "") for one in compiled)
-    }
 
 
 def _counts_on(one: Pass) -> bool:

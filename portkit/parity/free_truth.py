@@ -46,6 +46,7 @@ class FreeTruth:
 
         with (
             _blocks_in_float64(self._side, self._table),
+            self._side.plain_experts(),
             watching(self._side, self._table, visit),
             casts_lifted(),
         ):

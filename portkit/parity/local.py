@@ -119,6 +119,8 @@ class Recording:
     trace: Trace
     reference_calls: Calls
     port_calls: Calls
+    num_past: int
+    """Tokens before this pass."""
     unequal: Trace = field(default_factory=dict)
     misshapen: Trace = field(default_factory=dict)
     """What the taught port had in another shape or dtype."""

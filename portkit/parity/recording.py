@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portkit.checkpoint import CONFIG
+from portkit.checkpoint import CONFIG, Files
 from portkit.errors import TraceError
 from portkit.loading import LoadedModel, draw, materialize, open_checkpoint
 from portkit.parity.comparing import Tell, groups
@@ -104,7 +104,7 @@ class Recorder:
             recordings = []
             for one in group:
                 tell(one.name)
-                recording = self._record(one)
+                recording = self._record(one, probe.past(one))
                 if one is probe.passes[0]:
                     expect(self._estimate(recording, probe))
                 recordings.append(recording)
@@ -122,7 +122,7 @@ class Recorder:
         """The kind of cache that the side made."""
         return type(next(iter(self._caches.values()))).__name__
 
-    def _record(self, one: Pass) -> Recording:
+    def _record(self, one: Pass, num_past: int) -> Recording:
         trace: Trace = {}
         with (
             watching(self._side, self._table, recorder(trace)),
@@ -141,7 +141,7 @@ class Recorder:
             raise TraceError(
                 f"no site matches {', '.join(self._keep.patterns)}; there are {names(trace)}"
             )
-        return Recording(one, trace, calls, Calls(), seen=set(trace))
+        return Recording(one, trace, calls, Calls(), num_past, seen=set(trace))
 
     def _estimate(self, recording: Recording, probe: Probe) -> int:
         """Bytes of all passes, by the first one's sites: what is cached counts to the full."""
@@ -249,7 +249,7 @@ def record(
             engine=order.engine,
             dtype=loaded.report.dtype,
             revision=getattr(loaded.files, "commit", question.revision),
-            config_sha256=config_digest(loaded),
+            config_sha256=config_digest(loaded.files),
             attention=question.attention,
             cache=recorder_.cache,
             cast="on load",
@@ -268,9 +268,9 @@ def record(
     return found
 
 
-def config_digest(loaded: LoadedModel) -> str:
+def config_digest(files: Files) -> str:
     """The SHA-256 of the bytes of `config.json`."""
-    return hashlib.sha256(loaded.files.path(CONFIG).read_bytes()).hexdigest()
+    return hashlib.sha256(files.path(CONFIG).read_bytes()).hexdigest()
 
 
 def _side(order: Order, loaded: LoadedModel, probe: Probe) -> tuple[Side, torch.device]:

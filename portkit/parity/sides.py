@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from portkit.architecture import CausalLM
 from portkit.errors import PortError
 from portkit.loading import Blueprint, materialize, resolve_device
 from portkit.parity import factories
@@ -58,12 +59,15 @@ def make_sides(question: Question, blueprint: Blueprint, dtype: torch.dtype, len
         blueprint.config.vocab_size,
     )
 
-    def foreign(given: str | Factory, pairs: str | None) -> ForeignSide:
+    def foreign(given: str | Factory, pairs: str | None) -> Side:
         for file in blueprint.checkpoint.weight_files:
             blueprint.checkpoint.files.path(file)  # a repository's are fetched
         factory = factories.find(given) if isinstance(given, str) else given
         origin = given if isinstance(given, str) else getattr(given, "__name__", "the port")
         made = factories.make(factory, origin, folder, dtype, resolve_device(question.device))
+        if isinstance(made.call, CausalLM):  # one of ours that somebody has changed
+            notes.append(lambda: made.notes)
+            return PortSide(made.call, length, is_partial=True)
         table = SitePairs(made.sites if pairs is None else pairs)
         side = ForeignSide(made.call, dtype, table, around, origin)
         notes.append(lambda: (*made.notes, *side.notes))

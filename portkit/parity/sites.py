@@ -108,6 +108,17 @@ class Side(Watched, Protocol):
         ...
 
 
+def reachable(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name; of compiled ones the outermost alone: hooks within would undo the fusion."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    compiled = [name for name, module in modules.items() if hasattr(module, "_orig_mod")]
+    return {
+        name: module
+        for name, module in modules.items()
+        if not any(name.startswith(f"{one}." if one else "_orig_mod") for one in compiled)
+    }
+
+
 def parameters_of(side: Watched) -> dict[str, nn.Parameter]:
     """A side's parameters by its sites' names, a tied one under each of its names."""
     return {
@@ -217,7 +228,7 @@ class Roles:
         for key, value in [*named.items(), *kwargs.items()]:
             new = value
             if key == "position_embeddings":
-                new = tuple(visit(f".{r}", t) for r, t in zip(("cos", "sin"), value, strict=True))
+                new = visit_tables(value, lambda role, table: visit(f".{role}", table))
             elif isinstance(value, Tensor) and value.is_floating_point():
                 if key in {"cos", "sin"}:
                     new = visit(f".{key}", value)
@@ -274,23 +285,39 @@ def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
     """
     logits = visit(router, routing.logits)
     weights, experts = routing.weights, routing.experts
-    effective = torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, experts, weights)
-    seen = visit(router.rpartition(".")[0] + EXPERTS, effective)
+    effective = routing.scores
+    seen = visit(choice_of(router), effective)
     if seen is not effective:
         most = int((seen != 0).sum(-1).max())
         weights, experts = seen.topk(max(1, most))
     return Routing(logits, weights, experts)
 
 
+def choice_of(router: str) -> str:
+    """`model.layers.0.mlp.gate` to `model.layers.0.mlp#experts`."""
+    return router.rpartition(".")[0] + EXPERTS
+
+
+def visit_tables(tables: Any, visit: Visit) -> Any:
+    """Visit rotary tables as `cos` and `sin`, whether they are a pair or one complex tensor."""
+    if isinstance(tables, Tensor):
+        cos, sin = tables.real.contiguous(), tables.imag.contiguous()
+        return torch.complex(visit("cos", cos), visit("sin", sin))
+    cos, sin = tables
+    return visit("cos", cos), visit("sin", sin)
+
+
 class PortSide:
-    """Our own model. `length`: how many tokens its caches are made for."""
+    """Our own model. `length`: how many tokens its caches are made for.
+
+    `is_partial`: somebody has changed it, fused or compiled, and what it lacks is not amiss.
+    """
 
     attention = "port"
-    is_partial = False
 
-    def __init__(self, model: CausalLM, length: int) -> None:
-        self.model, self.length = model, length
-        self._modules = dict(model.named_modules())
+    def __init__(self, model: CausalLM, length: int, is_partial: bool = False) -> None:
+        self.model, self.length, self.is_partial = model, length, is_partial
+        self._modules = reachable(model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -365,7 +392,6 @@ class PortSide:
 
 def _table_hook(prefix: str, suffix: str, visit: Visit) -> Callable[..., Any]:
     def after(_: nn.Module, __: tuple[Any, ...], tables: tuple[Tensor, Tensor]) -> Any:
-        cos, sin = tables
-        return visit(f"{prefix}cos{suffix}", cos), visit(f"{prefix}sin{suffix}", sin)
+        return visit_tables(tables, lambda role, table: visit(f"{prefix}{role}{suffix}", table))
 
     return after

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from portkit.columns import table
 from portkit.parity.diagnose import Cause
 from portkit.parity.gradients import GradientParity
 from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict, relative
@@ -37,6 +38,18 @@ GRADIENT_KINDS = {
     "care": "the same gradient, computed with less care than the reference's",
     "missing": "the reference has no such parameter",
 }
+
+
+def text(result: ParityResult) -> list[str]:
+    """What stands below the verdict: counts, layers, the first culprit, what was not seen."""
+    lines = [f"  {line}" for line in headline(result)]
+    for number, comparison in enumerate(result.comparisons):
+        if number == 0 or comparison.verdict is not Verdict.exact:
+            lines += ["", table([HEADINGS, *layer_rows(comparison)])]
+    for part in (details(result), caveats(result)):
+        if part:
+            lines += ["", *part]
+    return lines
 
 
 def headline(result: ParityResult) -> list[str]:
