@@ -23,6 +23,7 @@ from portkit.parity.ledger import (
     difference,
     difference_as_loaded,
     rows,
+    same_shape,
     squares_of,
     token_dim,
 )
@@ -127,6 +128,8 @@ class Comparing:
         self._taught_caches: dict[str, Any] = {}
         self._wrong_past: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         """What pass and site held, ours and theirs, where it was wrong: later passes inherit it."""
+        self._wrong_now: list[tuple[Tensor, Tensor]] = []
+        """The same of the pass that runs: layers that share another's keys inherit them."""
         self._continued = {one.continues for one in probe}
 
     @torch.no_grad()
@@ -234,7 +237,7 @@ class Comparing:
 
         def look(name: str, ours: Tensor, theirs: Tensor) -> None:
             account, ours = self.ledger.site(name), self._as_theirs(name, ours, theirs)
-            if ours.shape[1:] != theirs.shape[1:]:
+            if not same_shape(account.dims, ours, theirs):
                 account.carried.append(one.name)
             elif (found := difference(one, account.dims, ours, theirs)) is not None:
                 account.carried.append(one.name)
@@ -250,11 +253,12 @@ class Comparing:
 
     def _run_taught(self, recording: Recording) -> None:
         one, trace = recording.run, recording.trace
+        self._wrong_now.clear()
 
         def compare_one(name: str, ours: Tensor, theirs: Tensor) -> None:
             recording.seen.add(name)
             account, ours = self.ledger.site(name), self._as_theirs(name, ours, theirs)
-            if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
+            if not same_shape(account.dims, ours, theirs) or ours.dtype != theirs.dtype:
                 account.misshapen = account.misshapen or (
                     f"{list(ours.shape)} {ours.dtype} against {list(theirs.shape)} {theirs.dtype}"
                 )
@@ -299,8 +303,13 @@ class Comparing:
     def _without_inherited(self, one: Pass, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
         """Keys or values, those taken as right that were wrong already in the pass before.
 
-        They are told of there. A cached key that was right and is wrong now is this pass's.
+        They are told of there. A cached key that was right and is wrong now is this pass's. What
+        an earlier layer of this pass showed in the same way is told of at that layer.
         """
+        if any(torch.equal(ours, o) and torch.equal(theirs, t) for o, t in self._wrong_now):
+            return theirs
+        if not torch.equal(ours, theirs):
+            self._wrong_now.append((ours.clone(), theirs))
         before = self._wrong_past.pop((one.continues or "", name), None)
         if one.name in self._continued and not torch.equal(ours, theirs):
             self._wrong_past[one.name, name] = ours.clone(), theirs
