@@ -155,6 +155,8 @@ class SiteAccount:
     floors: defaultdict[str, Distance] = field(default_factory=lambda: defaultdict(Distance))
     """Reference to the truth, by attention kernel."""
     function_asked: bool = False
+    truth_lacking: bool = False
+    """No side could be run in float64: what is unequal here cannot be judged."""
     spread: Spread = field(default_factory=Spread)
     """Of the port's distances from the truth, or from the reference where there is no truth."""
     floor_spread: Spread = field(default_factory=Spread)
