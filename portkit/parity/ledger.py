@@ -67,6 +67,11 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
     return moved.flatten(2)[one.real_of_last(moved.shape[1])]
 
 
+def picked(found: Tensor) -> Tensor:
+    """At most 64 rows, spread evenly."""
+    return found[:: max(1, len(found) // 64)][:64]
+
+
 def _in_one(tensor: Tensor, dims: str) -> bool:
     return tensor.dim() == len(dims.split()) - 1
 
