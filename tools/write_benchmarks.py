@@ -35,8 +35,8 @@ TABLE = """| what | portkit | against | takes | ratio | target |
 OPENING = """Opening adds {added_bytes:,} bytes to the process's anonymous memory, {share:.2%} of
 the file of {file_bytes:,}; the target is under {target:.0%}.
 """
-EXPERTS = """While 3,072 expert tensors, a file of {file_bytes:,} bytes, are opened, anonymous memory
-grows by up to {peak_bytes:,} bytes, and in Transformers by {theirs_peak_bytes:,}.
+EXPERTS = """While 3,072 expert tensors, a file of {file_bytes:,} bytes, are opened, anonymous
+memory grows by up to {peak_bytes:,} bytes, and in Transformers by {theirs_peak_bytes:,}.
 """
 PROOF = """A proof with the default probe adds {proof_bytes:,} bytes at its peak. The target is
 {proof_target_bytes:,}: two and a half checkpoints, what the largest pass records, one layer and
