@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from portkit.errors import CheckFailed, CheckpointError, InvalidConfig, PortkitError
+from portkit.safetensors_header import LENGTH_BYTES, MAX_BYTES, header_length
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,9 +51,6 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-
-_LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 
 
 class Files(Protocol):
@@ -101,7 +99,7 @@ class LocalFiles:
 
     def header(self, name: str) -> bytes:
         with reading(name), self.path(name).open("rb") as file:
-            length = header_length(file.read(_LENGTH_BYTES), self.num_bytes(name), name)
+            length = _checked_length(file.read(LENGTH_BYTES), self.num_bytes(name), name)
             return file.read(length)
 
 
@@ -116,12 +114,12 @@ def reading(name: str) -> Iterator[None]:
         ) from None
 
 
-def header_length(prefix: bytes, file_bytes: int, name: str) -> int:
-    """The header's length from a safetensors file's first 8 bytes; `CheckpointError` if absurd."""
-    if len(prefix) < _LENGTH_BYTES:
+def _checked_length(start: bytes, file_bytes: int, name: str) -> int:
+    """The header's length from a safetensors file's first bytes; `CheckpointError` if absurd."""
+    length = header_length(start)
+    if length is None:
         raise _damaged(f"{name} is {file_bytes} bytes long: no safetensors file")
-    length = int.from_bytes(prefix, "little")
-    if length > min(_MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
+    if length > min(MAX_BYTES, file_bytes - LENGTH_BYTES):
         raise _damaged(
             f"{name} announces a header of {length} bytes in a file of {file_bytes}: it is "
             "truncated or no safetensors file"
@@ -308,7 +306,7 @@ def _parse_header(raw: bytes, file: str, file_bytes: int) -> dict[str, TensorInf
             )
         spans.append((begin, end, name))
         found[name] = TensorInfo(name, shape, word, end - begin, file)
-    _refuse_holes(sorted(spans), file, file_bytes - _LENGTH_BYTES - len(raw))
+    _refuse_holes(sorted(spans), file, file_bytes - LENGTH_BYTES - len(raw))
     return found
 
 

@@ -62,6 +62,18 @@ class ProbeError(PortkitError):
     """A probe that cannot be read, or that a model cannot be asked: no such token or position."""
 
 
+class SiteError(PortkitError):
+    """A site that is named and that is none, or a table of site pairs that cannot be read."""
+
+
+class PortError(PortkitError):
+    """A foreign port or reference that cannot be made, or does not do what it is to do."""
+
+
+class TraceError(PortkitError):
+    """A trace file that cannot be read or written, or is of another model or probe."""
+
+
 class ReportError(PortkitError):
     """A report cannot be written where it should go."""
 

@@ -55,13 +55,12 @@ def export(
 
 def state_dict(loaded: LoadedModel) -> dict[str, Tensor]:
     """The tensors of an export by name, in the model's order; a shared one once."""
-    model = loaded.model
-    tensors: dict[str, Tensor] = {}
-    for claim in loaded.plan.claims:
-        tensors |= claim.split(model.get_parameter(claim.parameter).detach())
+    parameters = loaded.model.named_parameters(remove_duplicate=False)
+    held = {name: one.detach() for name, one in parameters}
+    tensors = loaded.plan.split(held)
     for tied in loaded.plan.tied:
         if tied not in loaded.report.tied:
-            tensors[tied.parameter] = model.get_parameter(tied.parameter).detach()
+            tensors[tied.parameter] = held[tied.parameter]
     return tensors
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portkit.errors import CheckpointError, HubError, PortkitError
+from portkit.safetensors_header import LENGTH_BYTES, MAX_BYTES, header_length
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -28,9 +29,6 @@ _CONFIG = "config.json"
 
 # The headers of published shards are mostly below this, so one request is mostly enough.
 _FIRST_READ_BYTES = 100_000
-
-# The limit of the safetensors library: a longer header is damage, or a file of another kind.
-_MAX_HEADER_BYTES = 100_000_000
 
 
 def is_repository_id(text: str) -> bool:
@@ -248,25 +246,26 @@ def _start(path: Path, num_bytes: int) -> bytes:
 
 
 def _read_header(first: Callable[[int], bytes], name: str, label: str) -> bytes:
-    """The header in a safetensors file: 8 bytes of length (little-endian), then the JSON.
+    """The JSON of the header in a safetensors file.
 
     `first(count)` gives the file's first `count` bytes, or all that it has.
     """
     start = first(_FIRST_READ_BYTES)
-    header_bytes = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or header_bytes > _MAX_HEADER_BYTES:
-        found = f"{len(start)} bytes in all" if len(start) < 8 else f"a header of {header_bytes}"
+    length = header_length(start)
+    if length is None or length > MAX_BYTES:
+        found = f"{len(start)} bytes in all" if length is None else f"a header of {length}"
         raise CheckpointError(
             f"{name} of {label} is no safetensors file (it has {found}); fetch it again"
         )
-    if len(start) < 8 + header_bytes and len(start) == _FIRST_READ_BYTES:
-        start = first(8 + header_bytes)
-    if len(start) < 8 + header_bytes:
+    end = LENGTH_BYTES + length
+    if len(start) < end and len(start) == _FIRST_READ_BYTES:
+        start = first(end)
+    if len(start) < end:
         raise CheckpointError(
-            f"{name} of {label} is truncated: its header should have {header_bytes} bytes, "
+            f"{name} of {label} is truncated: its header should have {length} bytes, "
             f"the file has {len(start)} in all; fetch it again"
         )
-    return start[8 : 8 + header_bytes]
+    return start[LENGTH_BYTES:end]
 
 
 def _explain(files: RemoteFiles, name: str, error: Exception) -> str:

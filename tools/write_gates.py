@@ -32,7 +32,7 @@ from parity_tests.faults.planted import PLANTINGS  # noqa: E402
 from parity_tests.faults.planted.planting import Planting  # noqa: E402
 from portkit.importers.llama2c import import_llama2c  # noqa: E402
 from portkit.loading import LoadedModel, load  # noqa: E402
-from portkit.parity.compare import compare  # noqa: E402
+from portkit.parity.comparing import compare  # noqa: E402
 from portkit.parity.judge import Verdict  # noqa: E402
 from portkit.parity.probe import Probe, chain  # noqa: E402
 from portkit.parity.probing import default_probe  # noqa: E402
@@ -132,7 +132,9 @@ def measure(stage: Stage) -> dict[str, Any]:
 
 
 def _possible(stage: Stage, planting: Planting) -> bool:
-    return stage.dtype in planting.dtypes and planting.unmet(stage.load("sdpa").model) is None
+    if planting.harmless or stage.dtype not in planting.dtypes:
+        return False
+    return planting.unmet(stage.load("sdpa").model) is None
 
 
 def table(saved: dict[str, Any]) -> str:

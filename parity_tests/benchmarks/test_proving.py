@@ -33,7 +33,7 @@ import re, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from portkit.parity.prove import Question, prove
-from portkit.parity import compare, truth
+from portkit.parity import comparing, truth
 import torch
 
 def peak_bytes():  # getrusage's would begin with the peak of whoever started us

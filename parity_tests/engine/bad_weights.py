@@ -34,6 +34,10 @@ from parity_tests.engine.damage import (
     with_options,
 )
 
+ROUTER = "model.layers.1.mlp.gate.weight"
+STACKED = "model.layers.1.feed_forward.experts.gate_up_proj"
+SHARED = "model.layers.1.feed_forward.shared_expert.up_proj.weight"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 NORM, HEAD, GATE = "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.gate_proj.weight"
 AGAIN = "fetch the checkpoint again"
 NAN, INFINITY = float("nan"), float("inf")
@@ -139,6 +143,56 @@ TENSORS = [
         several(config({"tie_word_embeddings": True}), tensors({HEAD: torch.ones(31, 24).int()})),
         (HEAD, "I32", "supported"),
         code=1,
+    ),
+    Case("expert missing", tensors({EXPERT: GONE}), ("1 missing", EXPERT), 1, "qwen3_moe"),
+    Case(
+        "expert too many",
+        tensors({EXPERT.replace(".2.", ".3."): torch.ones(32, 24)}),
+        ("1 unexpected", EXPERT.replace(".2.", ".3.")),
+        1,
+        "qwen3_moe",
+    ),
+    Case(
+        "expert transposed",
+        tensors({EXPERT: torch.ones(24, 32)}),
+        (EXPERT, "[24, 32]", "[32, 24]"),
+        1,
+        "qwen3_moe",
+    ),
+    Case(
+        "router of more experts",
+        tensors({ROUTER: torch.ones(4, 24)}),
+        (ROUTER, "[4, 24]", "[3, 24]"),
+        1,
+        "qwen3_moe",
+    ),
+    Case(
+        "sparse layer said to be dense",
+        config({"mlp_only_layers": [0, 1]}),
+        ("3 missing: model.layers.1.mlp.gate_proj.weight", "10 unexpected", "mlp.experts.0"),
+        1,
+        "qwen3_moe",
+    ),
+    Case(
+        "experts as another family stores them",
+        tensors({STACKED: torch.ones(3, 64, 24)}),
+        (STACKED, "[3, 64, 24]", "[3, 24, 64]"),
+        1,
+        "llama4_text",
+    ),
+    Case(
+        "experts fewer than the config's",
+        tensors({STACKED: torch.ones(2, 24, 64)}),
+        (STACKED, "[2, 24, 64]", "[3, 24, 64]"),
+        1,
+        "llama4_text",
+    ),
+    Case(
+        "shared expert missing",
+        tensors({SHARED: GONE}),
+        ("1 missing", SHARED),
+        1,
+        "llama4_text",
     ),
     Case(
         "NaN",

@@ -70,10 +70,41 @@ _STRETCHED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_CHOOSING = {
+    **_SIZES,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 3,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 8,
+    "attn_temperature_tuning": 4,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SIZES, "rope_scaling": _STRETCHED},
     "qwen3": {"model_type": "qwen3", **_SIZES, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_SIZES,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "mlp_only_layers": [0],
+    },
     "cohere2": {"model_type": "cohere2", **_SIZES, "sliding_window": 8, "attention_bias": True},
+    "gemma3n_text": {
+        "model_type": "gemma3n_text",
+        **_SIZES,
+        "sliding_window": 8,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 29,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+    },
+    "llama4_text": {"model_type": "llama4_text", **_CHOOSING},
+    "llama4": {
+        "model_type": "llama4",
+        "text_config": {"model_type": "llama4_text", **_CHOOSING},
+        "vision_config": {"hidden_size": 16},
+    },
     "gemma3_text": {"model_type": "gemma3_text", **_SIZES, "sliding_window": 8},
     "gemma3": {
         "model_type": "gemma3",
@@ -91,7 +122,8 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any]) -> None:
     model = architecture.build(architecture.read_config(reader), "sdpa")
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(config))
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {name: torch.randn(one.shape) for name, one in model.named_parameters()}
+    tensors = architecture.weight_map.written(model).split(parameters)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -39,13 +39,14 @@ def published(data_folder: Path) -> dict[str, int]:
     assert line is not None
     counts, family = {}, ""
     for entry in line[1].split(" · "):
-        found = re.match(r"(?:(.*?)[ -])?(\d[\d.]*[MB]) ([\d,]+)", entry)
+        found = re.match(r"(?:(.*?)[ -])?(\d[\d.]*[MB](?:-A\d+B)?) ([\d,]+)", entry)
         if found is None:  # a family that is named without its size
             if whole := re.match(r"([^\d/]+\S*) ([\d,]{9,})", entry):
                 counts[whole[1].lower()] = int(whole[2].replace(",", ""))
             continue
         family = found[1] or family  # sizes of one family follow its name
-        counts[f"{family} {found[2]}".lower()] = int(found[3].replace(",", "").rstrip("."))
+        name = f"{family} {found[2]}".replace("-", " ").lower()
+        counts[name] = int(found[3].replace(",", "").rstrip("."))
     return counts
 
 
@@ -91,8 +92,41 @@ def test_every_ported_config_has_the_published_number_of_parameters(
     known = {name: count for name, count in counts.items() if name in published}
     assert known == {name: published[name] for name in known}
     assert {"gemma 3 270m", "gemma 3 1b", "qwen3 0.6b", "qwen3 1.7b"} <= known.keys()
-    assert {"llama 3.1 8b", "llama 3.2 1b", "llama 3.2 3b"} <= known.keys()
+    assert {"llama 3.1 8b", "llama 3.2 1b", "llama 3.2 3b", "qwen3 30b a3b"} <= known.keys()
     assert {"command r7b", "command a"} <= known.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ("meta-llama__Llama-4-Scout-17B-16E-Instruct", 0),
+        ("meta-llama__Llama-4-Maverick-17B-128E-Instruct-FP8", 1),
+    ],
+)
+def test_llama_4_has_the_published_number_of_parameters_and_its_layout_a_plan(
+    config: str, place: int, configs: dict[str, Path], data_folder: Path
+) -> None:
+    """Of the FP8 checkpoint the config is understood, but for being quantised."""
+    text = (data_folder / "README.md").read_text(encoding="utf-8")
+    counts = re.search(r"Scout / Maverick \(text\) ([\d,]+) / ([\d,]+)", text)
+    assert counts is not None
+    blueprint = drawn(configs[config], quantization_config=None)
+    assert blueprint.num_parameters == int(counts.groups()[place].replace(",", ""))
+    weight_map, model = blueprint.architecture.weight_map, blueprint.skeleton
+    names = [name for claim in weight_map.written(model).claims for name in claim.canonical]
+    vision = ["vision_model.class_embedding", "multi_modal_projector.linear_1.weight"]
+    plan = weight_map.plan(model, dict.fromkeys([*(f"language_model.{n}" for n in names), *vision]))
+    read = [name for claim in plan.claims for name in claim.sources]
+    assert sorted(read) == sorted(f"language_model.{name}" for name in names)
+    assert [one.source for one in plan.dropped] == vision
+
+
+def test_qwen3_30b_a3b_reads_each_expert_by_itself(configs: dict[str, Path]) -> None:
+    blueprint = drawn(configs["Qwen__Qwen3-30B-A3B"])
+    plan = blueprint.architecture.weight_map.written(blueprint.skeleton)
+    sources = [name for claim in plan.claims for name in claim.sources]
+    assert len(sources) == len(set(sources)) == 48 * (3 * 128 + 1 + 8) + 3
+    assert "model.layers.47.mlp.experts.127.down_proj.weight" in sources
 
 
 def test_every_ported_config_has_as_many_parameters_as_the_reference_counts(

@@ -190,7 +190,11 @@ def test_generate(installed: Installed, demo: Path, here: LoadedModel) -> None:
 def test_demo(installed: Installed, here: LoadedModel) -> None:
     told = installed.portkit_json("demo")
     assert told["parameters"] == here.report.parameters
-    assert (told["verdict"], told["passes"]) == (None, {})  # nothing to be proven against
+    assert (told["verdict"], told["proofs"], told["fault"]) == (
+        None,
+        {},
+        None,
+    )  # nothing to be proven against
     assert told["text"] == PROMPT + greedy(here, 200)[1]
     aloud = installed.portkit("demo")
     assert "not verified: Transformers is not installed" in aloud

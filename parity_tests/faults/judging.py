@@ -13,7 +13,7 @@ from parity_tests.checkpoints import save_tiny
 from parity_tests.faults.planted.planting import Planting
 from parity_tests.faults.stages import OWN, Stage
 from portkit.loading import LoadedModel, load
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.judge import Judgement, Verdict
 from portkit.parity.probe import Probe
 from portkit.parity.probing import default_probe, quick_probe

@@ -29,7 +29,11 @@ def draw(judging: Judging, stages: Sequence[Stage], seed: int) -> tuple[Stage, P
     while True:
         one, other = drawn.sample(together[drawn.choices(kinds, weights)[0]], 2)
         alike = one.planting.fault == other.planting.fault
-        if not alike and one.planting.kernel == other.planting.kernel and _apart(judging, one, other):
+        if (
+            not alike
+            and one.planting.kernel == other.planting.kernel
+            and _apart(judging, one, other)
+        ):
             return one, other.planting
 
 

@@ -1,14 +1,18 @@
-"""A proof that found a fault, for the tests of what is reported of it."""
+"""A proof that found a fault, for the tests of what is reported of it; and recorded traces."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from parity_tests.conftest import CheckpointMaker
+from portkit.cli import main
 from portkit.loading import load
 from portkit.parity import report
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.probing import quick_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.result import NotVerified, ParityResult
@@ -36,3 +40,40 @@ def diverged(tiny_checkpoint: CheckpointMaker) -> ParityResult:
     found = compare(PortSide(loaded.model, probe.longest), reference, table, probe)
     left_out = NotVerified("left padding", "no row of it"), NotVerified("far", "none", True)
     return ParityResult((found,), None, left_out, ("a note",))
+
+
+Run = Callable[..., tuple[int, str, str]]
+Recorder = Callable[..., Path]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(*arguments)`: exit code, stdout and stderr of portkit in this process."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # of recordings before
+        with pytest.raises(SystemExit) as exit_:
+            main([str(one) for one in arguments])
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def recorded(
+    tiny_checkpoint: CheckpointMaker, tmp_path_factory: pytest.TempPathFactory
+) -> Recorder:
+    """`recorded(name, dtype, *options)`: a trace, recorded once and not to be changed."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(name: str, dtype: torch.dtype, *options: str) -> Path:
+        if (name, dtype, options) not in made:
+            path = tmp_path_factory.mktemp("trace") / "recorded.safetensors"
+            with pytest.raises(SystemExit) as exit_:
+                main(["record", str(tiny_checkpoint(name, dtype)), "-o", str(path), *options])
+            assert exit_.value.code == 0
+            made[name, dtype, options] = path
+        return made[name, dtype, options]
+
+    return make

@@ -11,7 +11,7 @@ from torch import Tensor
 from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
 from portkit.loading import LoadedModel, load
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.judge import Verdict
 from portkit.parity.probing import default_probe
 from portkit.parity.reference import load_reference
@@ -31,7 +31,16 @@ def run(loaded: LoadedModel, attention: str = "sdpa") -> Comparison:
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["llama tied with biases", "qwen3 yarn sliding", "gemma3 shallow"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama tied with biases",
+        "qwen3 yarn sliding",
+        "qwen3 moe sliding",
+        "llama4 scout",
+        "gemma3 shallow",
+    ],
+)
 def test_our_families_are_exact_at_every_site(
     name: str, dtype: torch.dtype, kernel: str, tiny_checkpoint: CheckpointMaker
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from parity_tests.checkpoints import TINY
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.judge import Verdict
 from portkit.parity.probing import default_probe, quick_probe, thorough_probe
 from portkit.parity.reference import load_reference

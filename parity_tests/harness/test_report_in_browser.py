@@ -19,9 +19,9 @@ LEAST_CONTRAST = 4.5
 """Of text, by the Web Content Accessibility Guidelines 2.2, success criterion 1.4.3 (AA)."""
 CAUSE = {
     "fault": "attention.scale_of_head_dim",
-    "sentence": "The scores are multiplied by another scale.",
-    "explains": 1.0,
-    "alternatives": [],
+    "sentence": "your port multiplies the scores by another scale",
+    "explains": 0.99981,
+    "alternatives": [{"fault": "attention.scale_twice", "explains": 0.5}],
 }
 
 
@@ -155,7 +155,14 @@ def test_a_culprit_opens(browser: Browser, page: Path) -> None:
     browser.open(page)
     first, second = browser.driver.find_elements("css selector", "details.culprit")
     assert (first.get_attribute("open"), second.get_attribute("open")) == ("true", None)
-    assert first.text.split("\n")[1] == CAUSE["sentence"]
+    lines = first.text.split("\n")
+    assert lines[1] == CAUSE["sentence"]
+    at = lines.index("cause")
+    assert lines[at + 1 : at + 4] == [
+        "attention.scale_of_head_dim, which explains 99.98 % of the difference",
+        "next",
+        "attention.scale_twice, 50 %",
+    ]
     assert first.find_element("css selector", "svg").is_displayed()
     second.find_element("css selector", "summary").click()
     assert second.get_attribute("open") == "true"

@@ -12,7 +12,7 @@ from torch import Tensor
 from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
 from portkit.loading import LoadedModel, load
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.ledger import SiteAccount
 from portkit.parity.probe import Pass, Probe
 from portkit.parity.probing import quick_probe

@@ -11,7 +11,7 @@ from torch import Tensor
 from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
 from portkit.loading import load
-from portkit.parity.compare import compare
+from portkit.parity.comparing import compare
 from portkit.parity.judge import Verdict
 from portkit.parity.precision import (
     LiftedCasts,

@@ -22,6 +22,8 @@ from typer.exceptions import Abort, Exit, TyperException
 from portkit.cli import (
     bench,
     demo,
+    diff,
+    faults,
     generate,
     import_,
     inspect,
@@ -29,6 +31,7 @@ from portkit.cli import (
     load,
     parity,
     plot,
+    record,
     train,
 )
 from portkit.errors import PortkitError
@@ -60,6 +63,9 @@ for name, verb in {
     "load": load,
     "inspect": inspect,
     "parity": parity,
+    "record": record,
+    "diff": diff,
+    "faults": faults,
     "generate": generate,
     "train": train,
     "plot": plot,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import human_bytes, print_json, progress_bar, table
+from portkit.cli.output import human_bytes, print_json, progress_bar
+from portkit.columns import table
 from portkit.errors import BenchError
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from portkit.cli import options
-from portkit.cli.output import human_bytes, plural, print_json, table
+from portkit.cli.output import human_bytes, plural, print_json
+from portkit.columns import table
 
 if TYPE_CHECKING:
     from portkit.loading import Blueprint

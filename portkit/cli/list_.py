@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from portkit.cli import options
-from portkit.cli.output import print_json, table
+from portkit.cli.output import print_json
+from portkit.columns import table
 
 
 def command(json: options.Json = False) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import human_bytes, plural, print_json, progress_bar, table
+from portkit.cli.output import human_bytes, plural, print_json, progress_bar
+from portkit.columns import table
 
 if TYPE_CHECKING:
     from portkit.loading import Blueprint, LoadedModel

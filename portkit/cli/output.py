@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import typer
 
-_REPORTED = ("portkit", "torch", "safetensors", "tokenizers", "transformers")
+from portkit.envelope import envelope
 
 
 def print_json(command: str, **fields: Any) -> None:
     """Print the one JSON object of a command."""
     print(json.dumps(envelope(command, **fields), ensure_ascii=False, allow_nan=False))
-
-
-def envelope(command: str, **fields: Any) -> dict[str, Any]:
-    """The object of a command: `format`, `command`, `versions`, then `fields`."""
-    return {"format": 1, "command": command, "versions": versions(), **fields}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result may depend on, where installed."""
-    found = {"python": platform.python_version()}
-    for package in _REPORTED:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def human_bytes(count: float) -> str:
@@ -49,16 +31,6 @@ def human_bytes(count: float) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 tensor`, `2 tensors`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of words in aligned columns, two spaces apart; plain text, as long as it needs to be."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-    return "\n".join(lines)
 
 
 def coloured(word: str, colour: str) -> str:

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import coloured, envelope, plural, print_json, table
-from portkit.errors import ProbeError
+from portkit.cli.output import coloured, plural, print_json
+from portkit.envelope import envelope
+from portkit.errors import ProbeError, SiteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from portkit.loading import LoadedModel
+    from portkit.loading import Blueprint
     from portkit.parity.probe import Probe
     from portkit.parity.result import ParityResult
+    from portkit.parity.trace_file import TraceFile
 
 
 class Gate(StrEnum):
@@ -32,12 +34,18 @@ class Gate(StrEnum):
     rounding = "rounding"
 
 
+class Amount(StrEnum):
+    full = "full"
+    sampled = "sampled"
+    off = "off"
+
+
 GateOption = Annotated[
     Gate | None,
     typer.Option(
         "--gate",
-        help="exact: equal in every bit, the default on a CPU; rounding: or as careful as the "
-        "reference, the default elsewhere.",
+        help="exact: equal in every bit, the default for our ports on a CPU; rounding: or as "
+        "careful as the reference, the default elsewhere.",
     ),
 ]
 ReferenceAttention = Annotated[
@@ -63,8 +71,51 @@ Layers = Annotated[
     str | None,
     typer.Option(metavar="A-B", help="Hold only these layers against the truth, from 0."),
 ]
+Backward = Annotated[
+    bool,
+    typer.Option(
+        "--backward",
+        help="Hold the gradient of every parameter against the reference's as well, and the "
+        "parameters after a step of AdamW.",
+    ),
+]
 Threads = Annotated[
     int, typer.Option("--threads", min=1, help="How many threads compute; bits depend on it.")
+]
+PortOption = Annotated[
+    str | None,
+    typer.Option(
+        "--port",
+        metavar="MODULE:FACTORY",
+        help="Prove this port in place of ours: factory(directory, dtype, device) returns a "
+        "callable (input_ids, positions, attention_mask, cache=None). A file.py:factory too.",
+    ),
+]
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="MODULE:FACTORY",
+        help="Hold the port against this, called likewise, in place of Transformers.",
+    ),
+]
+Sites = Annotated[
+    Path | None,
+    typer.Option(
+        "--sites",
+        metavar="FILE",
+        help="Which of its modules is which site, a pair a line: "
+        "blocks.{layer}.wo = model.layers.{layer}.self_attn.o_proj",
+    ),
+]
+Golden = Annotated[
+    Path | None,
+    typer.Option(
+        "--golden",
+        metavar="FILE",
+        help="Hold the port against this recording (portkit record), on its probe and in its "
+        "dtype; Transformers is not needed.",
+    ),
 ]
 Out = Annotated[
     Path | None,
@@ -73,6 +124,10 @@ Out = Annotated[
         help="Write report.html, parity.json, junit.xml and summary.md there; those of an earlier "
         "report are replaced.",
     ),
+]
+Faults = Annotated[
+    Amount,
+    typer.Option("--faults", help="How many known mistakes to try: would the probe see them?"),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the probe's token ids.")]
 
@@ -86,36 +141,49 @@ def command(
     device: options.DeviceOption = options.Device.cpu,
     attention: options.AttentionOption = options.Attention.sdpa,
     reference_attention: ReferenceAttention = None,
+    port: PortOption = None,
+    reference: ReferenceOption = None,
+    sites: Sites = None,
+    golden: Golden = None,
     gate: GateOption = None,
     prompt: Prompt = None,
     tokens: Tokens = None,
     quick: Quick = False,
     thorough: Thorough = False,
     layers: Layers = None,
+    backward: Backward = False,
     threads: Threads = 1,
     seed: Seed = 0,
     ignore_config: options.IgnoreConfig = None,
+    faults: Faults = Amount.full,
     out: Out = None,
     json: options.Json = False,
 ) -> None:
     """Hold every activation of the port against the reference in Transformers."""
-    if sum((prompt is not None, tokens is not None, quick, thorough)) > 1:
-        raise typer.BadParameter("--prompt, --tokens, --quick and --thorough: choose one")
-    kept = None if layers is None else _range(layers)
-    choose = _choice(prompt, tokens, quick, thorough, seed)
+    choose = probe_choice(prompt, tokens, quick, thorough, seed)
+    kept = None if layers is None else layer_range(layers)
+    if golden is not None:
+        _refuse_beside_golden(context)
 
     import torch
 
     from portkit.loading import resolve_device
     from portkit.parity import report, schema
+    from portkit.parity.golden import prove_by
     from portkit.parity.prove import Question, prove
+    from portkit.parity.trace_file import TraceFile
 
+    trace = None if golden is None else TraceFile(golden)
+    if trace is not None and not _is_given(context, "attention"):
+        attention = _recorded_attention(trace)
     where = resolve_device(device)
     if where.type == "mps":
         raise typer.BadParameter("the truth is float64, which mps does not have: --device cpu")
     if out is not None:
         report.open_folder(out)
     torch.set_num_threads(threads)
+    of_ours = port is None and reference is None
+    passing = gate or (Gate.exact if where.type == "cpu" and of_ours else Gate.rounding)
     question = Question(
         repo,
         revision=revision,
@@ -125,11 +193,16 @@ def command(
         reference_attention=reference_attention,
         layers=kept,
         ignore_config=tuple(ignore_config or ()),
+        backward=backward,
+        gate=passing,
+        faults=faults,
         choose_probe=choose,
+        port=port,
+        reference=reference,
+        sites=None if sites is None else _read_pairs(sites, port, reference),
     )
-    result = prove(question, tell=_tell)
-    _tell("")
-    passing = gate or (Gate.exact if where.type == "cpu" else Gate.rounding)
+    result = prove(question, tell) if trace is None else prove_by(trace, question, tell)
+    tell("")
     answered = {"gate": passing, "device": where.type, "threads": threads}
     fields = {**answered, **schema.as_fields(result)}
     if out is not None:
@@ -139,20 +212,46 @@ def command(
         print_json("parity", **fields)
     else:
         how = f"{result.comparisons[0].dtype} on {where.type}, {attention}"
-        print(f"{_coloured(result.verdict)}: {repo} in {how}, {plural(threads, 'thread')}")
-        _print_report(result)
-    if result.verdict == "inconclusive":
+        print(f"{coloured_verdict(result.verdict)}: {repo} in {how}, {plural(threads, 'thread')}")
+        print_report(result)
+    exit_by(result.verdict, passing)
+
+
+def exit_by(verdict: str, gate: Gate) -> None:
+    """Leave with the code of a verdict: inconclusive, or not what the gate lets through."""
+    if verdict == "inconclusive":
         raise typer.Exit(3)
-    if result.verdict != "exact" and not (result.verdict == "rounding" == passing):
+    if verdict != "exact" and not (verdict == "rounding" == gate):
         raise typer.Exit(1)
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _refuse_beside_golden(context: typer.Context) -> None:
+    """A recording has its probe and is the reference: what would choose another is a mistake."""
+    taken = "prompt tokens quick thorough seed port reference reference_attention sites faults"
+    for name in taken.split():
+        if _is_given(context, name):
+            raise typer.BadParameter(
+                f"--golden: the recording is the reference, with a probe of its own: leave "
+                f"--{name.replace('_', '-')} out"
+            )
+
+
+def _recorded_attention(trace: TraceFile) -> options.Attention:
+    """The kernel that was recorded, where it is one that the port has."""
+    named = trace.provenance.attention
+    return next((one for one in options.Attention if one == named), options.Attention.sdpa)
 
 
 def _as_typed(context: typer.Context) -> str:
     """The command with the options that were given, as a shell reads it."""
     words = ["portkit", "parity", str(context.params["repo"])]
     for option in context.command.params:
-        source = context.get_parameter_source(option.name or "")
-        if option.name == "repo" or source is None or source.name != "COMMANDLINE":
+        if option.name == "repo" or not _is_given(context, option.name or ""):
             continue
         value = context.params[option.name or ""]
         if value is True:
@@ -163,36 +262,39 @@ def _as_typed(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def _range(layers: str) -> range:
+def layer_range(layers: str) -> range:
+    """`4-7`, or `4`, as a range."""
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", layers)
     if found is None or int(found[2] or found[1]) < int(found[1]):
         raise typer.BadParameter(f"--layers {layers}: give a range as 4-7, or one layer as 4")
     return range(int(found[1]), int(found[2] or found[1]) + 1)
 
 
-def _choice(
+def probe_choice(
     prompt: str | None, tokens: Path | None, quick: bool, thorough: bool, seed: int
-) -> Callable[[LoadedModel], Probe]:
+) -> Callable[[Blueprint], Probe]:
     """How the probe is chosen once the model is known; a file is read at once."""
+    if sum((prompt is not None, tokens is not None, quick, thorough)) > 1:
+        raise typer.BadParameter("--prompt, --tokens, --quick and --thorough: choose one")
     saved = None if tokens is None else _read_tokens(tokens)
 
-    def choose(loaded: LoadedModel) -> Probe:
+    def choose(drawn: Blueprint) -> Probe:
         from portkit.parity import probing
         from portkit.parity.probe import from_json
         from portkit.tokenizer import Tokenizer
 
         if prompt is not None:
-            ids = Tokenizer.open(loaded.files).encode(prompt)
+            ids = Tokenizer.open(drawn.checkpoint.files).encode(prompt)
             return probing.probe_of_tokens("prompt", ids)
         if isinstance(saved, dict):
             return from_json(saved)
         if saved is not None:
             return probing.probe_of_tokens("tokens", saved)
         if quick:
-            return probing.quick_probe(loaded.model, seed)
+            return probing.quick_probe(drawn.skeleton, seed)
         if thorough:
-            return probing.thorough_probe(loaded.model, seed)
-        return probing.default_probe(loaded.model, seed)
+            return probing.thorough_probe(drawn.skeleton, seed)
+        return probing.default_probe(drawn.skeleton, seed)
 
     return choose
 
@@ -220,24 +322,29 @@ def _read_tokens(file: Path) -> list[int] | dict[str, object]:
     )
 
 
-def _tell(line: str) -> None:
+def _read_pairs(file: Path, port: str | None, reference: str | None) -> str:
+    if port is None and reference is None:
+        raise typer.BadParameter("--sites goes with --port or --reference")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SiteError(f"the site pairs in {file} cannot be read: {error}") from error
+
+
+def tell(line: str) -> None:
+    """Show what is being done, where a person looks on."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
-def _coloured(verdict: str) -> str:
+def coloured_verdict(verdict: str) -> str:
+    """The word in its colour, where a person looks on."""
     colours = {"exact": "green", "rounding": "green", "inconclusive": "yellow", "diverged": "red"}
     return coloured(verdict, colours[verdict])
 
 
-def _print_report(result: ParityResult) -> None:
+def print_report(result: ParityResult) -> None:
+    """What stands below the verdict: counts, layers, the first culprit, what was not seen."""
     from portkit.parity import summary
 
-    for line in summary.headline(result):
-        print(f"  {line}")
-    for number, comparison in enumerate(result.comparisons):
-        if number == 0 or comparison.verdict != "exact":
-            print(f"\n{table([summary.HEADINGS, *summary.layer_rows(comparison)])}")
-    for lines in (summary.details(result), summary.caveats(result)):
-        if lines:
-            print("\n" + "\n".join(lines))
+    print("\n".join(summary.text(result)))

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from portkit.parity.probe import Pass
-from portkit.parity.reference import Reference
 from portkit.parity.sites import Side
 
 NUM_TOKENS = 24
@@ -63,7 +62,7 @@ class GenerationParity:
 
 @torch.no_grad()
 def compare_generation(
-    port: Side, reference: Reference, prompt: Sequence[int], num_tokens: int = NUM_TOKENS
+    port: Side, reference: Side, prompt: Sequence[int], num_tokens: int = NUM_TOKENS
 ) -> GenerationParity:
     """Generate `num_tokens` greedily on both sides after `prompt`.
 
@@ -71,25 +70,30 @@ def compare_generation(
     """
     tokens, theirs = _greedy(reference, prompt, num_tokens)
     _, ours = _greedy(port, prompt, num_tokens, forced=tokens)
-    ours64, theirs64 = ours.double(), theirs.double()
-    divergence = torch.nn.functional.kl_div(
-        ours64.log_softmax(-1), theirs64.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
+    divergences = list(map(_divergence, ours, theirs))
     chosen = ours.argmax(-1)
     differing = (chosen != torch.tensor(tokens, device=chosen.device)).nonzero().flatten().tolist()
     first, own = None, tuple(tokens)
     if differing:
         step = differing[0]
-        first = _first_difference(reference, prompt, tokens, step, ours64[step], theirs64[step])
+        first = _first_difference(
+            reference, prompt, tokens, step, ours[step].double(), theirs[step].double()
+        )
         own = tuple(_greedy(port, prompt, num_tokens)[0])
     return GenerationParity(
         tuple(prompt),
         tuple(tokens),
         own,
         first,
-        float(divergence.clamp(min=0).max()),
+        max(0.0, *divergences),
         1 - len(differing) / num_tokens,
     )
+
+
+def _divergence(ours: Tensor, theirs: Tensor) -> float:
+    """KL(reference ‖ port) of one step's logits (vocab_size,), in nats; computed in float64."""
+    a, b = (one.double().log_softmax(-1) for one in (ours, theirs))
+    return float(torch.nn.functional.kl_div(a, b, log_target=True, reduction="sum"))
 
 
 def _greedy(
@@ -110,7 +114,7 @@ def _greedy(
 
 
 def _first_difference(
-    reference: Reference,
+    reference: Side,
     prompt: Sequence[int],
     tokens: Sequence[int],
     step: int,

@@ -51,13 +51,30 @@ class Judgement:
 
 def judge(site: SiteAccount) -> Judgement:
     """Judge one site by the rules of the design."""
-    floor = max((relative(one, site.truth) or 0.0 for one in site.floors.values()), default=None)
+    floor = floor_of(site)
     function_error = relative(site.function, site.truth) if site.function_asked else None
     local_error = relative(site.port, site.truth) if site.unequal else floor
     channel = _worst_channel(site) if site.unequal else None
     verdict, kind = _verdict(site, function_error, local_error, floor, channel)
     passes = tuple(one.name for one in site.unequal)
     return Judgement(site.name, verdict, kind, local_error, floor, function_error, channel, passes)
+
+
+def floor_of(site: SiteAccount) -> float | None:
+    """How far the reference is from the truth, the farthest of its kernels; None without one."""
+    return max((relative(one, site.truth) or 0.0 for one in site.floors.values()), default=None)
+
+
+def channel_floors(site: SiteAccount) -> Tensor:
+    """The same of each channel, (pools,): of `pool_width` neighbours together."""
+    truth = _pool(site.truth, site.truth)
+    each = [(_pool(one, site.truth) / truth).sqrt() for one in site.floors.values()]
+    return torch.stack(each).amax(0)
+
+
+def pool_width(truth: Distance) -> int:
+    """How many channels are taken together, so that a pool holds enough values."""
+    return math.ceil(MIN_POOLED / max(1, truth.num_rows))
 
 
 def relative(distance: Distance, truth: Distance) -> float | None:
@@ -93,11 +110,8 @@ def _worst_channel(site: SiteAccount) -> float | None:
     """Largest of: a channel's distance over what it is allowed, twice its floor or the tensor's."""
     if site.truth.per_channel is None or site.port.per_channel is None or not site.floors:
         return None
-    truth = _pool(site.truth, site.truth)
-    port = (_pool(site.port, site.truth) / truth).sqrt()
-    whole = max(relative(one, site.truth) or 0.0 for one in site.floors.values())
-    floors = torch.stack([(_pool(one, site.truth) / truth).sqrt() for one in site.floors.values()])
-    allowed = CHANNEL_FACTOR * floors.amax(0).clamp(min=whole)
+    port = (_pool(site.port, site.truth) / _pool(site.truth, site.truth)).sqrt()
+    allowed = CHANNEL_FACTOR * channel_floors(site).clamp(min=floor_of(site))
     ratio = (port / allowed).nan_to_num(nan=0.0)
     return float(ratio.max())
 
@@ -105,7 +119,7 @@ def _worst_channel(site: SiteAccount) -> float | None:
 def _pool(distance: Distance, truth: Distance) -> Tensor:
     """Per-channel sums, adjacent channels taken together until a pool holds enough values."""
     assert distance.per_channel is not None
-    width = math.ceil(MIN_POOLED / max(1, truth.num_rows))
+    width = pool_width(truth)
     channels = distance.per_channel
     padded = torch.nn.functional.pad(channels, (0, -len(channels) % width))
     return padded.view(-1, width).sum(1)

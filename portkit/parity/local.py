@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from portkit.parity.probe import Pass
 from portkit.parity.sites import Side, SiteTable, Visit
 
 Trace = dict[str, Tensor]
@@ -70,6 +71,30 @@ def looked_at(trace: Trace, look: Callable[[str, Tensor, Tensor], None]) -> Visi
     return visit
 
 
+def fitted(trace: Trace, visit: Visit) -> Visit:
+    """A visitor that is shown tensors as they are recorded, where dimensions at the end are one.
+
+    Rotary tables that a module is given in another form are its own affair.
+    """
+
+    def shaped(name: str, tensor: Tensor) -> Tensor:
+        recorded = trace.get(name)
+        if recorded is not None and ":in." in name and tensor.shape != recorded.shape:
+            return tensor
+        if (
+            recorded is None
+            or tensor.dim() == recorded.dim()
+            or tensor.shape[:2] != recorded.shape[:2]
+            or tensor.numel() != recorded.numel()
+        ):
+            return visit(name, tensor)
+        shown = tensor.reshape(recorded.shape)
+        seen = visit(name, shown)
+        return tensor if seen is shown else seen.reshape(tensor.shape)
+
+    return shaped
+
+
 @dataclass
 class Call:
     """How a module was called."""
@@ -84,6 +109,23 @@ class Calls:
 
     blocks: dict[str, Call] = field(default_factory=dict)
     tables: list[tuple[nn.Module, Call]] = field(default_factory=list)
+
+
+@dataclass
+class Recording:
+    """One pass: what the reference had, and where the taught port had something else."""
+
+    run: Pass
+    trace: Trace
+    reference_calls: Calls
+    port_calls: Calls
+    num_past: int
+    """Tokens before this pass."""
+    unequal: Trace = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    """Sites that the port has too."""
+    by_token: Trace = field(default_factory=dict)
+    """`token_sums` of the sites in `unequal`, as far as they were held against the truth."""
 
 
 def block_modules(side: Side, table: SiteTable) -> dict[str, nn.Module]:

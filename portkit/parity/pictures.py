@@ -107,7 +107,7 @@ def _said(spread: Spread, who: str, floor: float | None) -> str:
 
     def size(share: float) -> str:
         bound = spread.bound(share)
-        return f"{bound / floor:.2g} floors" if floor else f"{bound:.1e}"
+        return f"{bound / floor:.3g} floors" if floor else f"{bound:.1e}"
 
     bounds = ", ".join(
         f"{share} below {size(part)}"

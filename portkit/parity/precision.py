@@ -121,3 +121,10 @@ def release_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, or Python, says that memory is lacking."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -14,14 +14,19 @@ from pathlib import Path
 import torch
 
 from portkit.errors import OutOfMemory, PortkitError
-from portkit.loading import LoadedModel, draw, materialize, open_checkpoint, resolve_dtype
-from portkit.parity.compare import Tell, compare
-from portkit.parity.generation import NUM_TOKENS, GenerationParity, compare_generation
+from portkit.loading import Blueprint, draw, open_checkpoint, resolve_device, resolve_dtype
+from portkit.parity.comparing import Tell, compare
+from portkit.parity.generation import NUM_TOKENS, compare_generation
+from portkit.parity.gradients import GradientParity, compare_gradients
+from portkit.parity.kill import KillMatrix, kill_matrix
+from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Probe, check_fits
-from portkit.parity.probing import default_probe, unexercised
-from portkit.parity.reference import Reference, load_reference
+from portkit.parity.probing import default_probe, training_batch, unexercised
+from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides import Given, Sides, make_sides
+from portkit.parity.sites import CannotRun, PortSide, SiteTable
+from portkit.parity.teeth import Teeth, chosen, merged
 from portkit.tokenizer import Tokenizer
 
 CARE = torch.bfloat16
@@ -44,103 +49,204 @@ class Question:
     layers: range | None = None
     """The layers to hold against the truth; None: all, and what is around them."""
     ignore_config: tuple[str, ...] = ()
-    choose_probe: Callable[[LoadedModel], Probe] = lambda loaded: default_probe(loaded.model)
+    backward: bool = False
+    """Compare gradients as well."""
+    gate: str = "exact"
+    """By which the faults of the catalogue are judged."""
+    faults: str = "full"
+    """How many of them are tried: full, sampled or off."""
+    choose_probe: Callable[[Blueprint], Probe] = lambda drawn: default_probe(drawn.skeleton)
+    port: Given = None
+    reference: Given = None
+    sites: str | None = None
+    """A table of site pairs, for the port, or for the reference where that alone is foreign."""
+    is_made: bool = False
+    """The foreign side is made already, in one dtype: it cannot be had in another."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a comparison in one dtype is made of."""
+
+    blueprint: Blueprint
+    sides: Sides
+    probe: Probe
+    prompt: list[int]
+    num_tokens: int
+    """To generate after the prompt."""
 
 
 def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     """Answer it. `tell` is given a line for each step. Raises a `PortkitError` on bad input."""
     asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
-    with _memory_watched():
+    with memory_watched():
         result = _prove_in(question, asked, tell)
-        if asked != CARE:
+        if asked != CARE and question.is_made:
+            unseen = NotVerified("care in bfloat16", f"the model was given in {_word(asked)}")
+            result = replace(result, not_verified=(*result.not_verified, unseen))
+        elif asked != CARE:
             beside = _care(question, tell)
+            known = {one.name for one in result.not_verified}
+            further = (one for one in beside.not_verified if one.name not in known)
             result = replace(
                 result,
                 comparisons=(*result.comparisons, beside),
-                not_verified=(*result.not_verified, *beside.not_verified),
+                not_verified=(*result.not_verified, *further),
             )
-    return result
+    fates = [one.fates for one in result.comparisons]
+    if question.faults == "off" or not any(fates):
+        return result
+    found = merged(fates)
+    return replace(result, teeth=found, not_verified=(*result.not_verified, *_uncaught(found)))
+
+
+def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Teeth]:
+    """What the question's probe would have caught, without running the port."""
+    asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
+    fates, probes = [], []
+    with memory_watched():
+        for dtype in dict.fromkeys((asked, CARE)):
+            prepared = _prepare(question, dtype, tell)
+            reference, probe = prepared.sides.reference, prepared.probe
+            assert isinstance(reference, Reference), "nothing else stands in its place"
+            probe = probe if dtype == asked else _care_probe(probe)
+            table, moved = _table(question, prepared), _moved(question, probe)
+            fates.append(kill_matrix(reference, table, moved, question.gate, tell))
+            probes.append(probe)
+    return probes[0], merged(fates)
+
+
+def _uncaught(found: Teeth) -> Iterator[NotVerified]:
+    """Faults that only a larger probe would show. What it lacks is listed too, and decides."""
+    for one in found.survived:
+        assert one.survived is not None, "it survived"
+        if one.survived.startswith("beyond"):
+            yield NotVerified(f"fault {one.fault.id}", one.survived)
 
 
 def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResult:
     """The answer in the dtype that was asked for."""
-    loaded, reference, probe = _prepare(question, dtype, tell)
-    found = _compare(question, loaded, reference, probe, tell)
-    generation = None
+    prepared = _prepare(question, dtype, tell)
+    found = _compare(question, prepared, tell)
+    generation, unheard = None, []
     if question.layers is None:
         tell("generate")
-        generation = _generate(loaded, reference, probe)
+        try:
+            generation = compare_generation(
+                prepared.sides.port,
+                prepared.sides.reference,
+                prepared.prompt,
+                prepared.num_tokens,
+            )
+        except CannotRun as reason:
+            unheard.append(NotVerified("generation", str(reason)))
+    gradients = None
+    if question.backward and prepared.sides.are_ours:
+        tell("backward")
+        gradients = _differentiate(question, prepared)
     return ParityResult(
         (found,),
         generation,
-        (*_not_verified(question, loaded, probe), *found.not_verified),
-        (*loaded.report.notes, *reference.notes),
+        (*_not_verified(question, prepared), *found.not_verified, *unheard),
+        (*prepared.sides.notes(), *found.notes),
+        gradients,
     )
 
 
 def _care(question: Question, tell: Tell) -> Comparison:
     """Again in bfloat16; of a complete probe the passes that run every module, near and far."""
-    loaded, reference, probe = _prepare(question, CARE, tell)
-    if probe.is_complete:
-        passes = tuple(one for one in probe if one.name in _CARE_PASSES)
-        probe = Probe("bfloat16", passes or probe.passes)
-    return _compare(question, loaded, reference, probe, tell)
+    prepared = _prepare(question, CARE, tell)
+    return _compare(question, replace(prepared, probe=_care_probe(prepared.probe)), tell)
 
 
-def _prepare(
-    question: Question, dtype: torch.dtype, tell: Tell
-) -> tuple[LoadedModel, Reference, Probe]:
+def _care_probe(probe: Probe) -> Probe:
+    if not probe.is_complete:
+        return probe
+    passes = tuple(one for one in probe if one.name in _CARE_PASSES)
+    return Probe("bfloat16", passes or probe.passes)
+
+
+def _prepare(question: Question, dtype: torch.dtype, tell: Tell) -> _Prepared:
     tell(f"load in {_word(dtype)}")
-    loaded, reference = _load(question, dtype)
-    probe = question.choose_probe(loaded)
-    check_fits(probe, loaded.config.vocab_size, loaded.config.max_position_embeddings)
-    return loaded, reference, probe
+    blueprint = _draw(question)
+    probe = question.choose_probe(blueprint)
+    config = blueprint.config
+    check_fits(probe, config.vocab_size, config.max_position_embeddings)
+    prompt, num_tokens = _prompt(blueprint, probe)
+    length = max(probe.longest, len(prompt) + num_tokens)
+    sides = make_sides(question, blueprint, dtype, length)
+    if not sides.are_ours:  # whoever reads the head of all tokens makes other matrices of it
+        probe = replace(probe, passes=tuple(replace(one, num_logits=None) for one in probe))
+    return _Prepared(blueprint, sides, probe, prompt, num_tokens)
 
 
-def _load(question: Question, dtype: torch.dtype) -> tuple[LoadedModel, Reference]:
+def _draw(question: Question) -> Blueprint:
     checkpoint = open_checkpoint(question.repo, question.revision)
     blueprint = draw(checkpoint, question.attention, question.ignore_config)
-    num_layers = blueprint.config.num_hidden_layers
+    check_layers(question, blueprint.config.num_hidden_layers)
+    return blueprint
+
+
+def check_layers(question: Question, num_layers: int) -> None:
+    """Raise `PortkitError` where the model has no such layers."""
     if question.layers is not None and question.layers.stop > num_layers:
         raise PortkitError(
             f"--layers {question.layers.start}-{question.layers.stop - 1}: the model has "
             f"{num_layers} layers, 0 to {num_layers - 1}"
         )
-    loaded = materialize(blueprint, _word(dtype), question.device)
-    # What was just read lies in one folder, a repository's in the Hub's cache.
-    folder = loaded.files.path("config.json").parent
-    attention = question.reference_attention or question.attention
-    return loaded, load_reference(folder, dtype, attention, question.device)
 
 
-def _compare(
-    question: Question, loaded: LoadedModel, reference: Reference, probe: Probe, tell: Tell
-) -> Comparison:
-    device = next(loaded.model.parameters()).device
-    moved = replace(probe, passes=tuple(one.to(device) for one in probe))
-    table = SiteTable(loaded.architecture.sites, question.layers)
-    return compare(PortSide(loaded.model, probe.longest), reference, table, moved, tell)
+def _compare(question: Question, prepared: _Prepared, tell: Tell) -> Comparison:
+    sides, table = prepared.sides, _table(question, prepared)
+    moved, matrix = _moved(question, prepared.probe), None
+    if isinstance(sides.reference, Reference) and sides.are_ours:
+        faults = chosen(question.faults)
+        if faults:
+            matrix = KillMatrix(sides.reference, table, moved, question.gate, faults)
+    return compare(sides.port, sides.reference, table, moved, tell, matrix)
 
 
-def _generate(loaded: LoadedModel, reference: Reference, probe: Probe) -> GenerationParity:
-    """After a prompt of one's own, or after words: random tokens end in repeating one."""
-    context = loaded.config.max_position_embeddings
+def _differentiate(question: Question, prepared: _Prepared) -> GradientParity:
+    port, reference = prepared.sides.port, prepared.sides.reference
+    assert isinstance(port, PortSide), "our own"
+    assert isinstance(reference, Reference), "nothing else stands in its place"
+    input_ids = training_batch(port.model).to(resolve_device(question.device))
+    return compare_gradients(port, reference, _table(question, prepared), input_ids)
+
+
+def _moved(question: Question, probe: Probe) -> Probe:
+    device = resolve_device(question.device)
+    return replace(probe, passes=tuple(one.to(device) for one in probe))
+
+
+def _table(question: Question, prepared: _Prepared) -> SiteTable:
+    return SiteTable(prepared.blueprint.architecture.sites, question.layers)
+
+
+def _prompt(blueprint: Blueprint, probe: Probe) -> tuple[list[int], int]:
+    """A prompt of one's own, or words, and how many tokens to generate after it.
+
+    After random tokens a model ends in repeating one.
+    """
+    context = blueprint.config.max_position_embeddings
     first = next(iter(probe))
     prompt = first.input_ids[-1, first.real[-1]].tolist()
     if probe.name != "prompt":
         with suppress(PortkitError):  # a checkpoint need not have a tokenizer
-            words = Tokenizer.open(loaded.files).encode(_OPENING)
-            prompt = words if words and max(words) < loaded.config.vocab_size else prompt
+            words = Tokenizer.open(blueprint.checkpoint.files).encode(_OPENING)
+            prompt = words if words and max(words) < blueprint.config.vocab_size else prompt
     num_tokens = max(1, min(NUM_TOKENS, context // 2))
-    prompt = prompt[: context - num_tokens]
-    port = PortSide(loaded.model, len(prompt) + num_tokens)
-    return compare_generation(port, reference, prompt, num_tokens)
+    return prompt[: context - num_tokens], num_tokens
 
 
-def _not_verified(question: Question, loaded: LoadedModel, probe: Probe) -> Iterator[NotVerified]:
-    yield from unexercised(loaded.model, probe)
-    for key in loaded.blueprint.ignored:
+def _not_verified(question: Question, prepared: _Prepared) -> Iterator[NotVerified]:
+    yield from unexercised(prepared.blueprint.skeleton, prepared.probe)
+    for key in prepared.blueprint.ignored:
         yield NotVerified(f"config: {key}", "not understood, and ignored on request")
+    if question.faults != "off" and not prepared.sides.are_ours:
+        yield NotVerified("known faults", "they are tried where both sides show every site")
+    if question.backward and not prepared.sides.are_ours:
+        yield NotVerified("gradients", "they are compared where both sides show every parameter")
     if question.layers is not None:
         named = f"{question.layers.start} to {question.layers.stop - 1}"
         yield NotVerified(
@@ -149,16 +255,14 @@ def _not_verified(question: Question, loaded: LoadedModel, probe: Probe) -> Iter
 
 
 @contextmanager
-def _memory_watched() -> Iterator[None]:
+def memory_watched() -> Iterator[None]:
     """Where memory runs out, say what takes less."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-            "can't allocate memory" not in said
-        ):
+        if not ran_out_of_memory(error):
             raise
+        said = str(error)
         reason = said.splitlines()[0] if said else "no reason given"
         raise OutOfMemory(
             f"memory ran out ({reason:.120}): try --layers 0-3, --quick, or a smaller --dtype"

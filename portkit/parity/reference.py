@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import get_annotations
 from pathlib import Path
@@ -22,8 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from portkit.errors import ReferenceUnavailable
+from portkit.nn.moe import Routing
 from portkit.parity.probe import Pass
-from portkit.parity.sites import Visit, visit_inputs
+from portkit.parity.sites import (
+    Visit,
+    choice_of,
+    parameters_of,
+    visit_inputs,
+    visit_routing,
+    visit_tables,
+)
 
 # Where a multimodal model keeps the text model that sites are named after.
 _TEXT_PREFIX = "model.language_model."
@@ -33,11 +41,17 @@ _EAGER = "eager_attention_forward"
 class Reference:
     """A checkpoint in the reference implementation, in evaluation mode; a side of a comparison."""
 
+    is_partial = False
+
     def __init__(
         self, model: nn.Module, attention: str = "sdpa", notes: tuple[str, ...] = ()
     ) -> None:
         self.model, self.attention, self.notes = model, attention, notes
         self._sites = _text_modules(model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
@@ -53,8 +67,44 @@ class Reference:
         logits: Tensor = output.logits
         return logits
 
+    def differentiable_logits(self, input_ids: Tensor) -> Tensor:
+        """Logits of (batch, tokens) ids in one pass without a cache, with their graph."""
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
     def module_sites(self) -> Mapping[str, nn.Module]:
         return self._sites
+
+    def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
+        """Routers give (logits, weights, ids), or (weights of all experts, logits).
+
+        Other tuples, as attention's, begin with the result.
+        """
+        if not isinstance(output, tuple):
+            return visit(name, output)
+        has_parts = any(True for _ in self.module_sites()[name].children())
+        if not has_parts and len(output) == 3:
+            return tuple(visit_routing(name, visit, Routing(*output)))
+        if not has_parts and len(output) == 2:
+            scores, logits = output
+            logits = visit(name, logits)
+            return visit(choice_of(name), scores), logits
+        return (visit(name, output[0]), *output[1:])
+
+    def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters by the port's names, those that there are."""
+        return by_name(parameters_of(self), names)
+
+    @contextmanager
+    def plain_experts(self) -> Iterator[None]:
+        """Run experts in the form that takes float64: the grouped kernel refuses it."""
+        model: Any = self.model
+        before = model.get_experts_implementation()
+        model.set_experts_implementation("eager")
+        try:
+            yield
+        finally:
+            model.set_experts_implementation(before)
 
     @contextmanager
     def watch_attention(self, visit: Visit) -> Iterator[None]:
@@ -88,15 +138,16 @@ class Reference:
     def other_kernel(self) -> Iterator[None]:
         """Run with the attention kernel that was not asked for: rounding of another kind."""
         model: Any = self.model
-        other = "eager" if self.attention == "sdpa" else "sdpa"
-        model.set_attn_implementation(other)
+        asked = self.attention
+        self.attention = "eager" if asked == "sdpa" else "sdpa"
+        model.set_attn_implementation(self.attention)
         try:
             yield
         finally:
-            model.set_attn_implementation(self.attention)
+            self.attention = asked
+            model.set_attn_implementation(asked)
 
     def kernels(self) -> dict[str, Callable[..., Any]]:
-        """The reference's own attention kernels: (module, query, key, value, mask, …) each."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         attention = next(m for n, m in self.module_sites().items() if n.endswith(".self_attn"))
@@ -135,8 +186,7 @@ class Reference:
         def after(_: nn.Module, args: Any, kwargs: dict[str, Any], tables: Any) -> Any:
             kinds = [one for one in (*args, *kwargs.values()) if isinstance(one, str)]
             suffix = f".{kinds[0]}" if kinds else ""
-            cos, sin = tables
-            return visit(f"{prefix}#cos{suffix}", cos), visit(f"{prefix}#sin{suffix}", sin)
+            return visit_tables(tables, lambda r, one: visit(f"{prefix}#{r}{suffix}", one))
 
         handle = module.register_forward_hook(after, with_kwargs=True)
         try:
@@ -158,10 +208,32 @@ def _text_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {**text, "lm_head": modules["lm_head"]}
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as the eager kernel wants it: zero where visible, else the dtype's lowest."""
-    lowest = torch.finfo(dtype).min
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, lowest)
+def by_name(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The reference's tensors under the port's names, those that there are.
+
+    It stacks a layer's experts in blocks, gate over up: where the port holds an expert's matrix by
+    itself (`experts.gate_proj.7`), it is taken out of its block.
+    """
+    found = {}
+    for name in names:
+        if (held := tensors.get(name)) is None:
+            held = _out_of_a_block(tensors, name)
+        if held is not None:
+            found[name] = held
+    return found
+
+
+def _out_of_a_block(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+    place = re.fullmatch(r"(.+)\.(gate|up|down)_proj\.(\d+)", name)
+    if place is None:
+        return None
+    experts, part, number = place[1], place[2], int(place[3])
+    block = tensors.get(f"{experts}.{'down' if part == 'down' else 'gate_up'}_proj")
+    if block is None or number >= len(block):
+        return None
+    if part == "down":
+        return block[number]
+    return block[number].chunk(2)[part == "up"]
 
 
 def is_available() -> bool:
@@ -191,13 +263,13 @@ def load_reference(
     notes: list[str] = []
     try:
         with _accepted(Path(directory), notes) as folder:
-            model, report = _from_pretrained(folder, dtype, attention)
+            model, report = _from_pretrained(folder, dtype, attention, notes)
     except Exception as error:  # it raises many kinds, and its own message is what helps
         reason = " ".join(str(error).split())
         raise ReferenceUnavailable(f"the reference cannot load {directory}: {reason}") from error
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(key):
-            names = ", ".join(sorted(map(str, report[key]))[:3])
+        if keys := [one for one in map(str, report.get(key) or ()) if not _is_beside(one, model)]:
+            names = ", ".join(sorted(keys)[:3])
             raise ReferenceUnavailable(
                 f"the reference reports {key.replace('_', ' ')} in {directory}: {names}"
             )
@@ -205,19 +277,49 @@ def load_reference(
     return Reference(model.eval().to(torch.device(device)), attention, tuple(notes))
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
+def _is_beside(key: str, model: Any) -> bool:
+    """Whether a tensor is of another part of a multimodal checkpoint whose text model was loaded.
+
+    That no tensor of the text model is missing is asked separately, and that none is too many is
+    the weight map's to say.
+    """
+    is_text_of_more = str(model.config.model_type).endswith("_text")
+    return is_text_of_more and key.partition(".")[0] not in ("language_model", "model", "lm_head")
+
+
+def _from_pretrained(
+    folder: Path, dtype: torch.dtype, attention: str, notes: list[str]
+) -> tuple[Any, Any]:
+    """The model and what was loaded; of a multimodal one whose other parts need packages that are
+    not installed, the text model by its own class.
+    """
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
+    configs: Any = transformers.AutoConfig
     progress: Any = transformers.utils.logging
     progress.disable_progress_bar()
-    model, report = auto.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=attention,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "output_loading_info": True,
+        "local_files_only": True,
+    }
+    try:
+        model, report = auto.from_pretrained(folder, **options)
+    except ImportError:
+        whole = configs.from_pretrained(folder, local_files_only=True)
+        text = whole.get_text_config()
+        if text is whole:
+            raise
+        model, report = auto._model_mapping[type(text)].from_pretrained(
+            folder, config=text, **options
+        )
+        others = report.pop("unexpected_keys")
+        notes.append(
+            f"the reference is the text model by itself, {type(model).__name__}: the other parts "
+            f"need packages that are not installed ({len(others)} of their tensors were not read)"
+        )
     return model, report
 
 

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 from portkit.errors import ReportError
 from portkit.parity import report_page, summary
+from portkit.parity.gradients import GradientParity
 from portkit.parity.judge import Judgement, Verdict
 from portkit.parity.result import Comparison, ParityResult
 
@@ -74,9 +75,14 @@ def junit(result: ParityResult, asked: Asked) -> str:
     own: skipped, or an error where the verdict is inconclusive for it.
     """
     root = ElementTree.Element("testsuites", name=_xml(f"portkit parity {asked.repo}"))
+    causes = summary.causes(asked.printed)
     gate_is_exact = str(asked.printed["gate"]) == "exact"
-    for comparison in result.comparisons:
-        suite = ElementTree.SubElement(root, "testsuite", name=comparison.dtype)
+    suites = [(one.dtype, one) for one in result.comparisons]
+    for name, comparison in [
+        *suites,
+        *(("gradients", one) for one in result.judged[len(suites) :]),
+    ]:
+        suite = ElementTree.SubElement(root, "testsuite", name=name)
         for group, members in summary.groups(comparison).items():
             unequal = [one for one in members if one.verdict is not Verdict.exact]
             if not unequal:
@@ -87,7 +93,8 @@ def junit(result: ParityResult, asked: Asked) -> str:
                     suite, "testcase", classname=_xml(group), name=_xml(one.site)
                 )
                 if one.verdict is Verdict.diverged or gate_is_exact:
-                    said = _said(one)
+                    cause = summary.said_cause(causes.get((comparison.dtype, one.site)))
+                    said = f"{cause} ({_said(one)})" if cause else _said(one)
                     failure = ElementTree.SubElement(case, "failure", type=str(one.verdict))
                     failure.set("message", _xml(said))
                     failure.text = _xml("\n".join([said, *_values(comparison, one)]))
@@ -99,7 +106,9 @@ def junit(result: ParityResult, asked: Asked) -> str:
                 suite, "testcase", classname="not verified", name=_xml(left_out.name)
             )
             kind = "error" if left_out.was_meant else "skipped"
-            ElementTree.SubElement(case, kind, message=_xml(left_out.reason))
+            reason = ElementTree.SubElement(case, kind, message=_xml(left_out.reason))
+            if left_out.was_meant:
+                reason.set("type", "inconclusive")
         _count(suite)
     _count(root)
     ElementTree.indent(root)
@@ -124,7 +133,7 @@ def _said(one: Judgement) -> str:
     return f"{one.kind}: {summary.KINDS[one.kind]}{summary.evidence(one)}"
 
 
-def _values(comparison: Comparison, one: Judgement) -> list[str]:
+def _values(comparison: Comparison | GradientParity, one: Judgement) -> list[str]:
     account = comparison.accounts[one.site]
     lines = [f"port {account.misshapen} of the reference"] if account.misshapen else []
     if one.passes:

@@ -57,8 +57,7 @@ class _Map:
 class _Culprit:
     judgement: Judgement
     anchor: str
-    cause: str
-    """Empty where none was found."""
+    cause: Mapping[str, Any] | None
     kind: str
     carried: str
     account: SiteAccount
@@ -79,7 +78,8 @@ def page(result: ParityResult, repo: str, command: str, printed: Mapping[str, An
     )
     environment.filters["label"] = lambda row: _LAYER_ROW.sub("layer ", row)
     environment.filters["figure"] = lambda value: summary.figure(value) or "none"
-    causes = {(one["dtype"], one["site"]): one["cause"] for one in printed["culprits"]}
+    environment.filters["said_cause"] = summary.said_cause
+    causes = summary.causes(printed)
     return environment.get_template("report.html.j2").render(
         result=result,
         repo=repo,
@@ -167,7 +167,7 @@ def _culprit(comparison: Comparison, one: Judgement, cause: Mapping[str, Any] | 
     return _Culprit(
         judgement=one,
         anchor=_anchor(comparison, one),
-        cause=summary.said_cause(cause),
+        cause=cause,
         kind=f"{kind}: {summary.KINDS[kind]}{summary.evidence(one)}",
         carried=(carried or "differs") if account.carried else "equal",
         account=account,

@@ -14,7 +14,10 @@ from portkit.parity.ledger import SiteAccount
 
 if TYPE_CHECKING:
     from portkit.parity.generation import GenerationParity
+    from portkit.parity.gradients import GradientParity
+    from portkit.parity.kill import Fate
     from portkit.parity.probe import Probe
+    from portkit.parity.teeth import Teeth
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Comparison:
     judgements: tuple[Judgement, ...]
     accounts: dict[str, SiteAccount]
     not_verified: tuple[NotVerified, ...] = ()
+    fates: tuple[Fate, ...] = ()
+    """What became of each fault of the catalogue that was tried."""
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -61,11 +67,20 @@ class ParityResult:
     not_verified: tuple[NotVerified, ...] = ()
     notes: tuple[str, ...] = field(default=())
     """What was done to be able to compare, such as a config that was patched for the reference."""
+    gradients: GradientParity | None = None
+
+    @property
+    def judged(self) -> tuple[Comparison | GradientParity, ...]:
+        """All that has a verdict of its own, and culprits."""
+        return self.comparisons if self.gradients is None else (*self.comparisons, self.gradients)
+
+    teeth: Teeth | None = None
+    """What the probe would have caught; None where it was not asked."""
 
     @property
     def verdict(self) -> Verdict:
         """Diverged before inconclusive before rounding before exact."""
-        found = worst(one.verdict for one in self.comparisons)
+        found = worst(one.verdict for one in self.judged)
         if found is not Verdict.diverged and any(one.was_meant for one in self.not_verified):
             return Verdict.inconclusive
         return found

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from portkit.parity import detail
-from portkit.parity.judge import Judgement
+from portkit.parity import detail, teeth
+from portkit.parity.gradients import GradientParity
+from portkit.parity.judge import Judgement, relative
 from portkit.parity.probe import as_json
 from portkit.parity.result import Comparison, ParityResult
 
@@ -22,7 +23,7 @@ def as_fields(result: ParityResult) -> dict[str, Any]:
     main = result.comparisons[0]
     culprits = [
         _culprit(each, one, in_full=number < detail.MOST_DETAILED)
-        for each in result.comparisons
+        for each in result.judged
         for number, one in enumerate(each.culprits)
     ]
     return {
@@ -45,12 +46,31 @@ def as_fields(result: ParityResult) -> dict[str, Any]:
         "culprits": culprits,
         "first": culprits[0] if culprits else None,
         "generation": _generation(result),
+        "gradients": _gradients(result),
         "not_verified": [{"name": one.name, "reason": one.reason} for one in result.not_verified],
         "notes": list(result.notes),
+        "faults": None if result.teeth is None else teeth.counts(result.teeth),
     }
 
 
-def _culprit(comparison: Comparison, one: Judgement, in_full: bool) -> dict[str, Any]:
+def _gradients(result: ParityResult) -> dict[str, Any] | None:
+    found = result.gradients
+    if found is None:
+        return None
+    return {
+        "verdict": found.verdict,
+        "tokens": found.num_tokens,
+        "parameters": len(found.judgements),
+        "exact": found.num_exact,
+        "rounding": [one.site for one in found.judgements if one.verdict == "rounding"],
+        "places": list(found.places),
+        "equal_after_step": found.num_equal_after_step,
+    }
+
+
+def _culprit(
+    comparison: Comparison | GradientParity, one: Judgement, in_full: bool
+) -> dict[str, Any]:
     account = comparison.accounts[one.site]
     worst = [
         {"pass": record.name, **{k: _finite(v) for k, v in vars(value).items()}}
@@ -65,6 +85,7 @@ def _culprit(comparison: Comparison, one: Judgement, in_full: bool) -> dict[str,
         "kind": one.kind,
         "local_error": _finite(one.local_error),
         "floor": _finite(one.floor),
+        "carried_error": _finite(relative(account.carried_error, account.truth)),
         "function_error": _finite(one.function_error),
         "misshapen": account.misshapen,
         "worst": worst[:6],

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
+from itertools import count
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from portkit.architecture import CausalLM, Site
+from portkit.nn.moe import Routing
 from portkit.nn.rope import RotaryEmbedding
 from portkit.parity.probe import Pass
 from portkit.weights import Template
@@ -28,33 +30,105 @@ from portkit.weights import Template
 Visit = Callable[[str, Tensor], Tensor]
 
 QKV = ("query", "key", "value")
+AGAIN = "@"
+"""`…router_norm@2` is the second call of a module in one pass, in order of execution."""
+EXPERTS = "#experts"
 
 
-class Side(Protocol):
-    """A model that can be run and watched: the port, or the reference."""
+class CannotRun(Exception):
+    """A side does not run a pass; says why. That pass is not verified."""
 
-    def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
-        """One pass's logits (batch, tokens, vocab_size), of the last tokens where it says so.
 
-        `caches` holds what earlier passes left, by their names, and takes what this one leaves.
-        """
-        ...
+class Watched(Protocol):
+    """What can be watched while it runs."""
 
     def module_sites(self) -> Mapping[str, nn.Module]:
         """Modules by the text-only reference's names."""
+        ...
+
+    def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
+        """Visit what a module returns: its first tensor, or a router's logits and choice."""
         ...
 
     def watch_attention(self, visit: Visit) -> Any:
         """A context in which `#query`, `#key`, `#value`, `#mask` and `#context` are visited."""
         ...
 
+    def watch_tables(self, visit: Visit) -> Any:
+        """A context in which the rotary tables are visited."""
+        ...
+
+
+class Side(Watched, Protocol):
+    """A model that can be run and watched, as the port or as the reference."""
+
+    @property
+    def attention(self) -> str:
+        """The name of the attention kernel that runs."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its activations are in."""
+        ...
+
+    @property
+    def is_partial(self) -> bool:
+        """It may do without modules and points of the reference; what it lacks is not verified."""
+        ...
+
+    @property
+    def model(self) -> nn.Module | None:
+        """What holds all its parameters, if one module does."""
+        ...
+
+    def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
+        """One pass's logits (batch, tokens, vocab_size), of the last tokens where it says so.
+
+        `caches` holds what earlier passes left, by their names, and takes what this one leaves.
+        Raises `CannotRun` where the side is partial and does not run such a pass.
+        """
+        ...
+
+    def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """Parameters by the other side's names, those that there are."""
+        ...
+
+    def plain_experts(self) -> Any:
+        """A context in which experts run in the form that takes float64."""
+        ...
+
     def table_modules(self) -> Mapping[str, nn.Module]:
         """The modules that make the rotary tables, which depend on positions alone."""
         ...
 
-    def watch_tables(self, visit: Visit) -> Any:
-        """A context in which the rotary tables are visited."""
+    def kernels(self) -> Mapping[str, Callable[..., Any]]:
+        """Its own attention kernels: (module, query, key, value, mask, …) each."""
         ...
+
+    def other_kernel(self) -> Any:
+        """A context in which it runs with the attention kernel that was not asked for, if any."""
+        ...
+
+
+def reachable(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name; of compiled ones the outermost alone: hooks within would undo the fusion."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    compiled = [name for name, module in modules.items() if hasattr(module, "_orig_mod")]
+    return {
+        name: module
+        for name, module in modules.items()
+        if not any(name.startswith(f"{one}." if one else "_orig_mod") for one in compiled)
+    }
+
+
+def parameters_of(side: Watched) -> dict[str, nn.Parameter]:
+    """A side's parameters by its sites' names, a tied one under each of its names."""
+    return {
+        f"{name}.{own}": parameter
+        for name, module in side.module_sites().items()
+        for own, parameter in module.named_parameters(recurse=False)
+    }
 
 
 class SiteTable:
@@ -64,35 +138,43 @@ class SiteTable:
     """
 
     def __init__(self, sites: Iterable[Site], layers: range | None = None) -> None:
-        self._templates = [(Template(site.name), site.dims) for site in sites]
+        self._templates = [(Template(site.name), site) for site in sites]
         self._layers = layers
         self._known: dict[str, str | None] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The templates that are declared."""
+        return tuple(template.text for template, _ in self._templates)
 
     def dims(self, name: str) -> str | None:
         """The dimensions of a site, None where it is not declared or not among the layers.
 
-        A norm's input has those of its output; all other inputs are `batch position channel`.
+        A module called again in a pass has those of its first call.
         """
         if name not in self._known:
-            base = name.partition(":")[0]
-            declared = next(
-                filter(None, (self._match(*one, base) for one in self._templates)), None
-            )
-            is_input = ":" in name and declared is not None and "norm" not in base
-            self._known[name] = "batch position channel" if is_input else declared
+            base, _, role = name.partition(":")
+            base = base.partition(AGAIN)[0]
+            site = next(filter(None, (self._match(*one, base) for one in self._templates)), None)
+            dims = None if site is None else site.dims
+            if site is not None and role == "in":
+                dims = site.inputs or (site.dims if "norm" in base else "batch position channel")
+            elif site is not None and role:  # a rotary table
+                dims = "batch position channel"
+            self._known[name] = dims
         return self._known[name]
 
-    def _match(self, template: Template, dims: str, name: str) -> str | None:
+    def _match(self, template: Template, site: Site, name: str) -> Site | None:
         places = template.match(name)
         if places is None:
             return None
         if self._layers is not None and int(places.get("layer", -1)) not in self._layers:
             return None
-        return dims
+        return site
 
 
 @contextmanager
-def watching(side: Side, table: SiteTable, visit: Visit) -> Iterator[None]:
+def watching(side: Watched, table: SiteTable, visit: Visit) -> Iterator[None]:
     """Have `visit` called at every declared site while a model of `side` runs."""
 
     def declared(name: str, tensor: Tensor) -> Tensor:
@@ -101,23 +183,25 @@ def watching(side: Side, table: SiteTable, visit: Visit) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in side.module_sites().items():
             if table.dims(name) is not None:
-                for handle in _hooks(name, module, declared):
+                for handle in _hooks(side, name, module, declared):
                     stack.callback(handle.remove)
         stack.enter_context(side.watch_attention(declared))
         stack.enter_context(side.watch_tables(declared))
         yield
 
 
-def _hooks(name: str, module: nn.Module, visit: Visit) -> list[Any]:
-    roles = _Roles(module)
+def _hooks(side: Watched, name: str, module: nn.Module, visit: Visit) -> list[Any]:
+    roles, called = Roles(module), count(1)
+    this = name
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return roles.visit(args, kwargs, lambda role, tensor: visit(f"{name}:in{role}", tensor))
+        nonlocal this
+        number = next(called)
+        this = name if number == 1 else f"{name}{AGAIN}{number}"
+        return roles.visit(args, kwargs, lambda role, tensor: visit(f"{this}:in{role}", tensor))
 
     def after(_: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> Any:
-        if isinstance(output, tuple):  # the reference's attention also returns its weights
-            return (visit(name, output[0]), *output[1:])
-        return visit(name, output)
+        return side.visit_output(this, output, visit)
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -131,7 +215,7 @@ def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
 
 
-class _Roles:
+class Roles:
     """Which arguments of a module are observed, by role and not by place.
 
     The first tensor is the input; rotary tables come as `cos` and `sin`, or as a pair called
@@ -154,7 +238,7 @@ class _Roles:
         for key, value in [*named.items(), *kwargs.items()]:
             new = value
             if key == "position_embeddings":
-                new = tuple(visit(f".{r}", t) for r, t in zip(("cos", "sin"), value, strict=True))
+                new = visit_tables(value, lambda role, table: visit(f".{role}", table))
             elif isinstance(value, Tensor) and value.is_floating_point():
                 if key in {"cos", "sin"}:
                     new = visit(f".{key}", value)
@@ -181,6 +265,12 @@ def visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     return mask
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the eager kernel wants it: zero where visible, else the dtype's lowest."""
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, lowest)
+
+
 def visit_inputs(
     name: str, visit: Visit, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -197,12 +287,51 @@ def visit_inputs(
     return query, key, value, mask
 
 
-class PortSide:
-    """Our own model. `length`: how many tokens its caches are made for."""
+def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
+    """Visit a router's logits, under its own name, and then its choice, under its block's.
 
-    def __init__(self, model: CausalLM, length: int) -> None:
-        self.model, self.length = model, length
-        self._modules = dict(model.named_modules())
+    The choice is always the weights of all experts, zero where not chosen, whatever form a router
+    gives it in. One that the visitor leaves as it is keeps its form.
+    """
+    logits = visit(router, routing.logits)
+    weights, experts = routing.weights, routing.experts
+    effective = routing.scores
+    seen = visit(choice_of(router), effective)
+    if seen is not effective:
+        most = int((seen != 0).sum(-1).max())
+        weights, experts = seen.topk(max(1, most))
+    return Routing(logits, weights, experts)
+
+
+def choice_of(router: str) -> str:
+    """`model.layers.0.mlp.gate` to `model.layers.0.mlp#experts`."""
+    return router.rpartition(".")[0] + EXPERTS
+
+
+def visit_tables(tables: Any, visit: Visit) -> Any:
+    """Visit rotary tables as `cos` and `sin`, whether they are a pair or one complex tensor."""
+    if isinstance(tables, Tensor):
+        cos, sin = tables.real.contiguous(), tables.imag.contiguous()
+        return torch.complex(visit("cos", cos), visit("sin", sin))
+    cos, sin = tables
+    return visit("cos", cos), visit("sin", sin)
+
+
+class PortSide:
+    """Our own model. `length`: how many tokens its caches are made for.
+
+    `is_partial`: somebody has changed it, fused or compiled, and what it lacks is not amiss.
+    """
+
+    attention = "port"
+
+    def __init__(self, model: CausalLM, length: int, is_partial: bool = False) -> None:
+        self.model, self.length, self.is_partial = model, length, is_partial
+        self._modules = reachable(model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
@@ -213,8 +342,25 @@ class PortSide:
         caches[one.name] = cache
         return self.model.logits(hidden[:, -(one.num_logits or one.num_tokens) :])
 
+    def differentiable_logits(self, input_ids: Tensor) -> Tensor:
+        """Logits of (batch, tokens) ids in one pass without a cache, with their graph."""
+        logits: Tensor = self.model(input_ids)
+        return logits
+
     def module_sites(self) -> Mapping[str, nn.Module]:
         return self._modules
+
+    def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
+        if isinstance(output, Routing):
+            return visit_routing(name, visit, output)
+        return visit(name, output)
+
+    def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        held = parameters_of(self)
+        return {name: held[name] for name in names if name in held}
+
+    def plain_experts(self) -> Any:
+        return nullcontext()
 
     @contextmanager
     def watch_attention(self, visit: Visit) -> Iterator[None]:
@@ -247,10 +393,15 @@ class PortSide:
                 stack.callback(module.register_forward_hook(after).remove)
             yield
 
+    def kernels(self) -> Mapping[str, Callable[..., Any]]:
+        return {}
+
+    def other_kernel(self) -> Any:
+        return nullcontext()
+
 
 def _table_hook(prefix: str, suffix: str, visit: Visit) -> Callable[..., Any]:
     def after(_: nn.Module, __: tuple[Any, ...], tables: tuple[Tensor, Tensor]) -> Any:
-        cos, sin = tables
-        return visit(f"{prefix}cos{suffix}", cos), visit(f"{prefix}sin{suffix}", sin)
+        return visit_tables(tables, lambda role, table: visit(f"{prefix}{role}{suffix}", table))
 
     return after

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict
+from portkit.columns import table
+from portkit.parity.gradients import GradientParity
+from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict, relative
 from portkit.parity.ledger import Worst
 from portkit.parity.result import Comparison, ParityResult, worst
 
@@ -29,6 +31,25 @@ KINDS = {
     "missing": "the port does not have it",
 }
 
+GRADIENT_KINDS = {
+    **KINDS,
+    "function": "it is the gradient of another function",
+    "care": "the same gradient, computed with less care than the reference's",
+    "missing": "the reference has no such parameter",
+}
+
+
+def text(result: ParityResult) -> list[str]:
+    """What stands below the verdict: counts, layers, the first culprit, what was not seen."""
+    lines = [f"  {line}" for line in headline(result)]
+    for number, comparison in enumerate(result.comparisons):
+        if number == 0 or comparison.verdict is not Verdict.exact:
+            lines += ["", table([HEADINGS, *layer_rows(comparison)])]
+    for part in (details(result), caveats(result)):
+        if part:
+            lines += ["", *part]
+    return lines
+
 
 def headline(result: ParityResult) -> list[str]:
     """The verdict and the counts behind it."""
@@ -39,10 +60,11 @@ def headline(result: ParityResult) -> list[str]:
             f"{one.dtype}: {one.num_exact:,} of {len(one.judgements):,} sites equal in every bit "
             f"over {passes} passes of {tokens:,} tokens"
         )
-    return [*lines, *_generation(result)]
+    caught = [] if result.teeth is None else [f"this probe {result.teeth.line}"]
+    return [*lines, *_generation(result), *_gradients(result), *caught]
 
 
-def groups(comparison: Comparison) -> dict[str, list[Judgement]]:
+def groups(comparison: Comparison | GradientParity) -> dict[str, list[Judgement]]:
     """The sites of each layer, and of each part around the layers, in order of execution."""
     found: dict[str, list[Judgement]] = {}
     for one in comparison.judgements:
@@ -60,7 +82,7 @@ def layer_rows(comparison: Comparison) -> list[Row]:
         rows.append(_row(comparison, _named([name for name, _ in alike]), sites))
         if verdict is not Verdict.exact and opened < _OPENED_LAYERS:
             opened += 1
-            rows += _opened(alike[0][0], alike[0][1])
+            rows += _opened(comparison, alike[0][0], alike[0][1])
     return rows
 
 
@@ -85,7 +107,7 @@ def details(result: ParityResult) -> list[str]:
         if others:
             named = ", ".join(one.site for one in comparison.culprits[1:4])
             lines.append(f"  and {others} more: {named}{', …' if others > 3 else ''}")
-    return lines
+    return [*lines, *_gradient_details(result)]
 
 
 def caveats(result: ParityResult) -> list[str]:
@@ -136,6 +158,33 @@ def _generation(result: ParityResult) -> Iterator[str]:
     )
 
 
+def _gradients(result: ParityResult) -> Iterator[str]:
+    found = result.gradients
+    if found is None:
+        return
+    num_parameters = len(found.judgements)
+    yield (
+        f"gradients: {found.num_exact:,} of {num_parameters:,} parameters' equal in every bit over "
+        f"{found.num_tokens:,} tokens; after a step of AdamW {found.num_equal_after_step:,} of "
+        f"{num_parameters:,} parameters equal"
+    )
+
+
+def _gradient_details(result: ParityResult) -> Iterator[str]:
+    found = result.gradients
+    if found is None or not found.culprits:
+        return
+    first, others = found.culprits[0], len(found.culprits) - 1
+    yield f"first wrong gradient: {first.site.removesuffix(' (gradient)')}"
+    yield f"  {first.kind}: {GRADIENT_KINDS[first.kind or 'function']}{evidence(first)}"
+    if found.places:
+        # What is wrong there is how what follows is differentiated.
+        named = ", ".join(found.places[:3])
+        yield f"  made at {named}{', …' if len(found.places) > 3 else ''}"
+    if others:
+        yield f"  and {others:,} more parameters, behind it in the backward pass"
+
+
 def _group(site: str) -> str:
     if site.endswith("(parameter)"):
         return "parameters"
@@ -162,6 +211,15 @@ def _carried(comparison: Comparison, members: Iterable[Judgement]) -> bool:
     return any(comparison.accounts[one.site].carried for one in members)
 
 
+def carried(comparison: Comparison, members: Iterable[Judgement]) -> str:
+    """The largest error that the sites carry, as relative RMS; or that there is one, or none."""
+    accounts = [comparison.accounts[one.site] for one in members]
+    if not any(one.carried for one in accounts):
+        return "equal"
+    errors = (relative(one.carried_error, one.truth) for one in accounts)
+    return figure(max(filter(None, errors), default=None)) or "differs"
+
+
 def _named(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
@@ -177,11 +235,11 @@ def _row(comparison: Comparison, name: str, members: list[Judgement]) -> Row:
         str(verdict),
         "",
         figure(floor) if verdict is Verdict.exact else "",
-        "" if name == "parameters" else "differs" if _carried(comparison, members) else "equal",
+        "" if name == "parameters" else carried(comparison, members),
     )
 
 
-def _opened(name: str, members: list[Judgement]) -> list[Row]:
+def _opened(comparison: Comparison, name: str, members: list[Judgement]) -> list[Row]:
     unequal = [one for one in members if one.verdict is not Verdict.exact]
     # What diverged before what is rounding; in the order of execution otherwise.
     unequal.sort(key=lambda one: one.verdict is not Verdict.diverged)
@@ -190,10 +248,16 @@ def _opened(name: str, members: list[Judgement]) -> list[Row]:
         passes = f" {in_passes(one)}" if one.passes else ""
         where = f"  {one.site.removeprefix(name).lstrip('.')}{passes}"
         said = f"{one.verdict}, {one.kind}" if one.kind else str(one.verdict)
-        rows.append((where, "", said, figure(one.local_error), figure(one.floor), ""))
+        errors = figure(one.local_error), figure(one.floor), carried(comparison, [one])
+        rows.append((where, "", said, *errors))
     if len(unequal) > _OPENED_SITES:
         rows.append((f"  and {len(unequal) - _OPENED_SITES} more", "", "", "", "", ""))
     return rows
+
+
+def causes(printed: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any] | None]:
+    """The causes that a command's object names, by dtype and site."""
+    return {(one["dtype"], one["site"]): one["cause"] for one in printed["culprits"]}
 
 
 def said_cause(cause: Mapping[str, Any] | None) -> str:

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from portkit.parity.distances import Distances
 from portkit.parity.ledger import Ledger, SiteAccount, rows, squares_of
-from portkit.parity.local import Call, Calls, Trace, block_modules, recorder
+from portkit.parity.local import Call, Calls, Recording, Trace, block_modules, recorder
 from portkit.parity.precision import (
     casts_lifted,
     held_in_float64,
     release_freed_memory,
     rows_in_float64,
 )
-from portkit.parity.probe import Pass
-from portkit.parity.reference import Reference, additive
-from portkit.parity.sites import QKV, Side, SiteTable, Visit, watching
-from portkit.parity.spread import token_sums
+from portkit.parity.sites import QKV, Side, SiteTable, Visit, additive, watching
 
 Look = Callable[[str, Tensor], None]
 HEAD = "lm_head"
@@ -35,28 +33,15 @@ HEAD_ROWS = 32_768
 """Rows of a large head that are held in float64 at a time."""
 
 
-@dataclass
-class Recording:
-    """One pass: what the reference had, and where the taught port had something else."""
-
-    run: Pass
-    trace: Trace
-    reference_calls: Calls
-    port_calls: Calls
-    unequal: Trace = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
-    """Sites that the port has too."""
-    by_token: Trace = field(default_factory=dict)
-    """`token_sums` of the sites in `unequal`, as far as they were held against the truth."""
-
-
 class Truth:
     """Holds recordings against the truth and writes the distances into the ledger."""
 
-    def __init__(self, port: Side, reference: Reference, table: SiteTable, ledger: Ledger) -> None:
+    def __init__(self, port: Side, reference: Side, table: SiteTable, ledger: Ledger) -> None:
         self.port, self.reference, self.table, self.ledger = port, reference, table, ledger
+        self.distances = Distances(ledger, reference.attention)
         self.unasked: dict[str, str] = {}
         """Blocks of the port that cannot be run in float64, and why."""
+        self.notes: list[str] = []
         self._ours, self._theirs = block_modules(port, table), block_modules(reference, table)
 
     @torch.no_grad()
@@ -64,6 +49,11 @@ class Truth:
         """Add all sites of these passes; each block is upcast once for all of them."""
         for one in recordings:
             self._judge_tables(one)
+        with self.reference.plain_experts():
+            self._judge_blocks(recordings)
+        self.distances.close(recordings)
+
+    def _judge_blocks(self, recordings: Sequence[Recording]) -> None:
         for name, theirs in self._theirs.items():
             ours = self._ours.get(name)
             if isinstance(theirs, nn.Embedding):
@@ -76,34 +66,31 @@ class Truth:
                     for one in recordings:
                         self._judge_block(name, one)
             release_freed_memory()
-        for one in recordings:
-            for site, sums in one.by_token.items():
-                self.ledger.add_tokens(site, one.run, sums, one.trace[site])
 
     def _judge_tables(self, one: Recording) -> None:
         port = _tables(self.port, one.port_calls)
         for name, truth in _tables(self.reference, one.reference_calls).items():
-            self._hold(one, name, truth)
-            self._ask(one, name, truth, port.get(name))
+            self.distances.hold(one, name, truth)
+            self.distances.ask(one, name, truth, port.get(name))
 
     def _judge_embedding(self, name: str, one: Recording) -> None:
-        truth = _embed(self._theirs[name], one.reference_calls.blocks[name].args[0])
-        self._hold(one, name, truth)
+        truth = embed_in_float64(self._theirs[name], one.reference_calls.blocks[name].args[0])
+        self.distances.hold(one, name, truth)
         if name in one.port_calls.blocks:
             with self._asking(name):
-                port = _embed(self._ours[name], one.port_calls.blocks[name].args[0])
-                self._ask(one, name, truth, port)
+                port = embed_in_float64(self._ours[name], one.port_calls.blocks[name].args[0])
+                self.distances.ask(one, name, truth, port)
 
     def _judge_block(self, name: str, one: Recording) -> None:
         truth: Trace = {}
         calls = one.reference_calls.blocks[name]
         self._run_block(self.reference, name, calls, one, truth.__setitem__)
         for site, exact in truth.items():
-            self._hold(one, site, exact)
+            self.distances.hold(one, site, exact)
         self._add_other_kernels(one, f"{name}.self_attn", truth)
 
         def ask(site: str, port: Tensor) -> None:
-            self._ask(one, site, truth.pop(site, None), port)  # and let go of the truth
+            self.distances.ask(one, site, truth.pop(site, None), port)  # and let go of the truth
 
         if name in one.port_calls.blocks:
             with self._asking(name):
@@ -122,8 +109,8 @@ class Truth:
                     hidden = one.trace[f"{HEAD}:in"].double()
                     with casts_lifted():
                         truth, port = theirs(hidden), ours(hidden)
-                    self._hold(one, HEAD, truth, channels)
-                    self._ask(one, HEAD, truth, port, channels)
+                    self.distances.hold(one, HEAD, truth, channels)
+                    self.distances.ask(one, HEAD, truth, port, channels)
 
     @contextmanager
     def _asking(self, name: str) -> Iterator[None]:
@@ -135,12 +122,14 @@ class Truth:
 
     def _run_block(self, side: Side, name: str, call: Call, one: Recording, look: Look) -> None:
         """Have `look` see what every site within a block makes of the recorded inputs."""
-        past = _TaughtCache(name, one.trace)
+        past, taught = _TaughtCache(name, one.trace, one.num_past), _Upcasts()
 
         def visit(site: str, tensor: Tensor) -> Tensor:
             look(site, tensor)
             recorded = one.trace.get(site)
-            return tensor if recorded is None else _upcast(recorded)
+            wide = tensor if recorded is None else taught.of(recorded)
+            # What a block returns as it got it, another may add to in place.
+            return wide.clone() if wide is tensor and ":in" not in site else wide
 
         def given(key: str, value: Any) -> Any:
             is_cache = hasattr(value, "update") or (key == "past_key_values" and value is not None)
@@ -151,55 +140,6 @@ class Truth:
         within = _Within(side, name)
         with watching(within, self.table, visit), casts_lifted():
             within.module_sites()[name](*args, **kwargs)
-
-    def _hold(
-        self, one: Recording, name: str, truth: Tensor, channels: slice | None = None
-    ) -> None:
-        """Add a site's truth, and how far both sides are from it in the dtype under test."""
-        if name not in one.seen or not truth.is_floating_point():
-            return
-        account, whole = self.ledger.site(name), one.trace[name]
-        held = rows(truth, account.dims, one.run)
-
-        def distance(recorded: Tensor) -> Tensor:
-            part = recorded if channels is None else recorded[..., channels]
-            return rows(part, account.dims, one.run).double() - held
-
-        block = (channels or slice(None), whole.shape[-1] if channels else None)
-        own, unequal = distance(whole), one.unequal.get(name)
-        ours = own if unequal is None else distance(unequal)
-        account.truth.add(squares_of(held), len(held), *block)
-        account.floors[self.reference.attention].add(squares_of(own), len(held), *block)
-        account.port.add(squares_of(ours), len(held), *block)
-        if unequal is not None:
-            account.spread.add(ours)
-            account.floor_spread.add(own)
-            sums = token_sums(ours, own, held)
-            before = one.by_token.get(name)
-            one.by_token[name] = sums if before is None else before + sums
-
-    def _ask(
-        self,
-        one: Recording,
-        name: str,
-        truth: Tensor | None,
-        port: Tensor | None,
-        channels: slice | None = None,
-    ) -> None:
-        """Add how far the port is from the truth where both are computed in float64."""
-        if truth is None or port is None or name not in one.seen or port.shape != truth.shape:
-            return
-        if not truth.is_floating_point():  # a mask
-            return
-        account = self.ledger.site(name)
-        account.function_asked = True
-        ours, held = (rows(each, account.dims, one.run) for each in (port, truth))
-        gap = held.new_zeros(held.shape[1])
-        if not torch.equal(port, truth):
-            gap = squares_of(ours - held)
-            account.function_spread.add(ours - held)
-        width = one.trace[name].shape[-1] if channels else None
-        account.function.add(gap, len(held), channels or slice(None), width)
 
     def _add_other_kernels(self, one: Recording, name: str, truth: Trace) -> None:
         """The floor is the largest distance among the reference's own kernels."""
@@ -229,8 +169,7 @@ class _Within:
             for name, module in side.module_sites().items()
             if name == block or name.startswith(f"{block}.")
         }
-        self.run, self.watch_attention = side.run, side.watch_attention
-        self.table_modules = side.table_modules
+        self.watch_attention, self.visit_output = side.watch_attention, side.visit_output
 
     def module_sites(self) -> Mapping[str, nn.Module]:
         return self._modules
@@ -241,14 +180,22 @@ class _Within:
 
 
 class _TaughtCache:
-    """Stands in for either side's cache: gives back the recorded past, followed by what is new."""
+    """Stands in for either side's cache: gives back the recorded past, followed by what is new.
 
-    def __init__(self, block: str, trace: Trace) -> None:
+    Also for where a side keeps what a layer shows to later ones that have no keys of their own: a
+    mapping, or our `SharedKeys`. What such a layer reads is all recorded.
+    """
+
+    def __init__(self, block: str, trace: Trace, num_past: int) -> None:
+        self._num_past = num_past
         # Upcast before casts are watched: it is not the model that does it.
         self._key, self._value = (
             None if (held := trace.get(f"{block}.self_attn#{role}")) is None else held.double()
             for role in QKV[1:]
         )
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self._num_past
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         assert self._key is not None, "a layer with a cache has keys"
@@ -258,6 +205,32 @@ class _TaughtCache:
             torch.cat((self._key[:, :, :past], key), 2),
             torch.cat((self._value[:, :, :past], value), 2),
         )
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        assert self._key is not None, "a layer that shares keys has seen them"
+        assert self._value is not None, "a layer that shares values has seen them"
+        return self._key, self._value
+
+    def __getitem__(self, _: Any) -> tuple[Tensor, Tensor]:
+        return self.shown()
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        """What is shown to later layers is theirs to be given."""
+
+
+class _Upcasts:
+    """Recorded tensors in float64, as long as somebody holds them: one is often several sites."""
+
+    def __init__(self) -> None:
+        self._made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+    def of(self, recorded: Tensor) -> Tensor:
+        if not recorded.is_floating_point():
+            return recorded
+        wide = self._made.get(id(recorded))
+        if wide is None:
+            wide = self._made[id(recorded)] = recorded.double()
+        return wide
 
 
 def _tables(side: Side, calls: Calls) -> Trace:
@@ -272,8 +245,13 @@ def _tables(side: Side, calls: Calls) -> Trace:
     return found
 
 
-def _embed(module: nn.Module, input_ids: Tensor) -> Tensor:
-    """An embedding in float64 of the rows that are used: the whole would be gigabytes."""
+def embed_in_float64(
+    module: nn.Module, input_ids: Tensor, run: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """An embedding in float64 of the rows that are used: the whole would be gigabytes.
+
+    `run` runs it where calling the module would be seen.
+    """
     assert isinstance(module, nn.Embedding), "an embedding is one table of rows"
     used, places = torch.unique(input_ids, return_inverse=True)
     padding_idx = module.padding_idx
@@ -281,7 +259,7 @@ def _embed(module: nn.Module, input_ids: Tensor) -> Tensor:
         module.padding_idx = None
         # The rows are float64 by then: what is left to upcast are the buffers.
         with rows_in_float64(used, module.weight), held_in_float64(module), casts_lifted():
-            embedded: Tensor = module(places)
+            embedded: Tensor = (run or module)(places)
             return embedded
     finally:
         module.padding_idx = padding_idx

@@ -92,15 +92,12 @@ def build(raw: Mapping[str, Any], seed: int, device: torch.device) -> CausalLM:
     std = float(raw.get("initializer_range") or _DEFAULT_STD)
     residual_std = std / math.sqrt(2 * config.num_hidden_layers)
     generator = torch.Generator().manual_seed(seed)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            writes = name.rpartition(".")[2] in ("o_proj", "down_proj")
-            if not (name == "lm_head" and config.tie_word_embeddings):
-                nn.init.normal_(
-                    module.weight, std=residual_std if writes else std, generator=generator
-                )
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            writes = not {"o_proj", "down_proj"}.isdisjoint(name.split("."))
+            nn.init.normal_(parameter, std=residual_std if writes else std, generator=generator)
+        elif name.endswith(".bias"):
+            nn.init.zeros_(parameter)
     return model.to(device)
 
 

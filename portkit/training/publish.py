@@ -55,9 +55,9 @@ def _gather(trainer: Trainer, config: Mapping[str, Any], dtype: torch.dtype) -> 
     if not trainer.ranks.first:
         return {}
     plan = architecture_of(config).weight_map.written(trainer.model)
-    tensors: dict[str, Tensor] = {}
-    for claim in plan.claims:
-        parameter = whole[f"model.{claim.parameter}"]
-        assert isinstance(parameter, Tensor)
-        tensors |= claim.split(parameter.to(dtype))
-    return tensors
+    held = {
+        name.removeprefix("model."): one.to(dtype)
+        for name, one in whole.items()
+        if isinstance(one, Tensor)
+    }
+    return plan.split(held)

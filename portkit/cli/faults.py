@@ -1,0 +1,89 @@
+"""`portkit faults`: would this probe have caught the mistakes that ports make?
+
+Knows options and streams; the catalogue and the matrix are in `portkit.parity`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from portkit.cli import options, parity
+from portkit.cli.output import plural, print_json
+from portkit.columns import table
+
+if TYPE_CHECKING:
+    from portkit.parity.teeth import Teeth
+
+HEADINGS = ("fault", "caught by", "where", "in", "margin")
+
+
+def command(
+    repo: options.Repo,
+    *,
+    revision: options.Revision = None,
+    dtype: options.DTypeOption = options.DType.auto,
+    device: options.DeviceOption = options.Device.cpu,
+    attention: options.AttentionOption = options.Attention.sdpa,
+    gate: parity.GateOption = None,
+    prompt: parity.Prompt = None,
+    tokens: parity.Tokens = None,
+    quick: parity.Quick = False,
+    thorough: parity.Thorough = False,
+    threads: parity.Threads = 1,
+    seed: parity.Seed = 0,
+    ignore_config: options.IgnoreConfig = None,
+    json: options.Json = False,
+) -> None:
+    """Try every known porting mistake on the reference, and say which ones a probe catches."""
+    choose = parity.probe_choice(prompt, tokens, quick, thorough, seed)
+
+    import torch
+
+    from portkit.loading import resolve_device
+    from portkit.parity import teeth
+    from portkit.parity.prove import Question, measure
+
+    where = resolve_device(device)
+    torch.set_num_threads(threads)
+    passing = gate or (parity.Gate.exact if where.type == "cpu" else parity.Gate.rounding)
+    question = Question(
+        repo,
+        revision=revision,
+        dtype=dtype,
+        device=str(where),
+        attention=attention,
+        ignore_config=tuple(ignore_config or ()),
+        gate=passing,
+        choose_probe=choose,
+    )
+    probe, found = measure(question, tell=parity.tell)
+    parity.tell("")
+    if json:
+        print_json("faults", gate=passing, probe=probe.name, **teeth.as_fields(found))
+    else:
+        print(f"{repo}: the {probe.name} probe at the gate {passing} {found.line}")
+        _print(found)
+    if any((one.survived or "").startswith("beyond") for one in found.survived):
+        raise typer.Exit(3)
+
+
+def _print(found: Teeth) -> None:
+    rows = [
+        (
+            one.fault.id,
+            one.killed_by or "",
+            one.first_site or "",
+            f"{one.first_pass}, {one.dtype}",
+            "" if one.margin is None else f"{one.margin:.1e}",
+        )
+        for one in found.fates
+        if one.killed
+    ]
+    print(f"\n{table([HEADINGS, *rows])}")
+    for one in found.survived:
+        print(f"survived: {one.fault.id} ({one.survived})")
+    others = [one.fault.id for one in found.fates if not one.applies]
+    print(f"\n{plural(len(others), 'fault')} not applicable to this model and dtype:")
+    print("  " + ", ".join(others))

@@ -1,0 +1,101 @@
+"""Distances from the truth, of one recorded site at a time, into its account.
+
+Knows recordings and the ledger; how a truth is had is not its affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from portkit.parity.ledger import Ledger, rows, squares_of
+from portkit.parity.local import Recording
+from portkit.parity.routing import compared_tokens, logits_before
+from portkit.parity.sites import EXPERTS
+from portkit.parity.spread import token_sums
+
+
+class Distances:
+    """Writes into `ledger`. `kernel`: with which attention the reference was recorded."""
+
+    def __init__(self, ledger: Ledger, kernel: str) -> None:
+        self.ledger, self.kernel = ledger, kernel
+
+    def hold(self, one: Recording, name: str, truth: Tensor, channels: slice | None = None) -> None:
+        """Add a site's truth, and how far both sides are from it in the dtype under test."""
+        if name not in one.seen or not truth.is_floating_point():
+            return
+        if name.endswith(EXPERTS):
+            self._hold_choice(one, name, truth)
+            return
+        account, whole = self.ledger.site(name), one.trace[name]
+        held = rows(truth, account.dims, one.run)
+
+        def distance(recorded: Tensor) -> Tensor:
+            part = recorded if channels is None else recorded[..., channels]
+            return rows(part, account.dims, one.run).double() - held
+
+        block = (channels or slice(None), whole.shape[-1] if channels else None)
+        own, unequal = distance(whole), one.unequal.get(name)
+        ours = own if unequal is None else distance(unequal)
+        account.truth.add(squares_of(held), len(held), *block)
+        account.floors[self.kernel].add(squares_of(own), len(held), *block)
+        account.port.add(squares_of(ours), len(held), *block)
+        if unequal is not None:
+            account.spread.add(ours)
+            account.floor_spread.add(own)
+            sums = token_sums(ours, own, held)
+            before = one.by_token.get(name)
+            one.by_token[name] = sums if before is None else before + sums
+
+    def _hold_choice(self, one: Recording, name: str, truth: Tensor) -> None:
+        """The same for a router's choice, of the tokens whose weights can be compared."""
+        account = self.ledger.site(name)
+
+        def of(tensor: Tensor) -> Tensor:
+            return rows(tensor, account.dims, one.run).double()
+
+        recorded, by = one.trace[name], logits_before(name, one.trace)
+        exact, theirs, ours = map(of, (truth, recorded, one.unequal.get(name, recorded)))
+        logits = (of(one.unequal[by]), of(one.trace[by])) if by in one.unequal else None
+        floor, port = compared_tokens(exact, theirs, ours, logits)
+        own = (theirs - exact).where(floor[:, None], 0)
+        ours = (ours - exact).where(port[:, None], 0)
+        account.truth.add(squares_of(exact[floor]), int(floor.sum()))
+        account.floors[self.kernel].add(squares_of(own), int(floor.sum()))
+        account.port.add(squares_of(ours), int(port.sum()))
+        if name in one.unequal:
+            account.spread.add(ours)
+            account.floor_spread.add(own)
+            one.by_token[name] = token_sums(ours, own, exact)
+
+    def ask(
+        self,
+        one: Recording,
+        name: str,
+        truth: Tensor | None,
+        port: Tensor | None,
+        channels: slice | None = None,
+    ) -> None:
+        """Add how far the port is from the truth where both are computed in float64."""
+        if truth is None or port is None or name not in one.seen or port.shape != truth.shape:
+            return
+        if not truth.is_floating_point():  # a mask
+            return
+        account = self.ledger.site(name)
+        account.function_asked = True
+        ours, held = (rows(each, account.dims, one.run) for each in (port, truth))
+        gap = held.new_zeros(held.shape[1])
+        if not torch.equal(port, truth):
+            gap = squares_of(ours - held)
+            account.function_spread.add(ours - held)
+        width = one.trace[name].shape[-1] if channels else None
+        account.function.add(gap, len(held), channels or slice(None), width)
+
+    def close(self, recordings: Sequence[Recording]) -> None:
+        """Of these passes all is held: keep their worst tokens."""
+        for one in recordings:
+            for site, sums in one.by_token.items():
+                self.ledger.add_tokens(site, one.run, sums, one.trace[site])

@@ -1,0 +1,1 @@
+"""The catalogue of porting faults: mutants, hypotheses, and the test of the harness itself."""

@@ -1,0 +1,249 @@
+"""Faults of attention: its scale, its norms of heads, which keys a query sees."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from portkit.parity.faults.attending import Kernel, Mask
+from portkit.parity.faults.fault import Edit, Fault, Place, either, on
+from portkit.parity.faults.modules import Norm
+from portkit.parity.faults.rotary import Heads, Rotation
+from portkit.parity.faults.scene import in_layer, layer_of
+
+
+def _scales(kernel: Kernel, place: Place, scale: float) -> Iterable[Kernel]:
+    return () if abs(scale / kernel.scale - 1) < 1e-12 else (replace(kernel, scale=scale),)
+
+
+def _of_head_dim(kernel: Kernel, place: Place) -> Iterable[Kernel]:
+    head_dim = place.scene.given(f"{place.facts.attention(place.site)}#query").shape[-1]
+    return _scales(kernel, place, head_dim**-0.5)
+
+
+def _of_hidden(kernel: Kernel, place: Place) -> Iterable[Kernel]:
+    config = place.facts.config
+    return _scales(kernel, place, (config.hidden_size / config.num_attention_heads) ** -0.5)
+
+
+def _norm_missing(letter: str) -> Edit:
+    def edit(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+        if rotation.source.endswith(f".{letter}_norm"):
+            yield replace(rotation, source=f"{rotation.source}:in")
+
+    def skipped(norm: Norm, place: Place) -> Iterator[Norm]:
+        if place.site.endswith(f".{letter}_norm"):
+            yield replace(norm, missing=True)
+
+    return either(on(Rotation, edit), on(Norm, skipped))
+
+
+def _other_head_norm(place: Place, source: str) -> Norm | None:
+    other = re.sub(r"\.([qk])_norm", lambda m: f".{'k' if m[1] == 'q' else 'q'}_norm", source)
+    found = place.recipe(other) if other != source else None
+    return found if isinstance(found, Norm) else None
+
+
+def _norms_swapped(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    other = _other_head_norm(place, rotation.source)
+    if other is not None:
+        yield replace(rotation, source=f"{rotation.source}:in", other_norm=other)
+
+
+def _norm_swapped(norm: Norm, place: Place) -> Iterator[Norm]:
+    other = _other_head_norm(place, place.site)
+    if other is not None:
+        yield replace(norm, weight=other.weight)
+
+
+def _norm_after(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    own = place.recipe(rotation.source)
+    if isinstance(own, Norm):
+        yield replace(rotation, source=f"{rotation.source}:in", norm_after=own)
+
+
+def _window(by: int) -> Edit:
+    def mask(one: Mask, place: Place) -> Iterator[Mask]:
+        if one.window is not None:
+            yield replace(one, window=one.window + by)
+
+    return _masked(mask)
+
+
+def _masked(edit: Edit) -> Edit:
+    """A mask, or the keys that a kernel itself leaves out."""
+
+    def kernel(one: Kernel, place: Place) -> Iterator[Kernel]:
+        own = place.recipe(f"{place.facts.attention(place.site)}#mask")
+        if isinstance(own, Mask):
+            for other in edit(own, place):
+                assert isinstance(other, Mask)
+                yield replace(one, mask=other)
+
+    return either(on(Mask, edit), on(Kernel, kernel))
+
+
+def _ignored(mask: Mask, place: Place) -> Iterator[Mask]:
+    if mask.window is not None:
+        yield replace(mask, window=None)
+
+
+def _everywhere(mask: Mask, place: Place) -> Iterator[Mask]:
+    if mask.window is None:
+        yield from (replace(mask, window=one) for one in place.facts.windows())
+
+
+def _shifted(mask: Mask, place: Place) -> Iterator[Mask]:
+    layer = layer_of(place.site)
+    for other in () if layer is None else (layer - 1, layer + 1):
+        name = in_layer(place.facts.attention(place.site), other)
+        if name in place.facts.modules and place.facts.window(name) != mask.window:
+            yield replace(mask, window=place.facts.window(name))
+
+
+def _causal(by: int) -> Edit:
+    return _masked(on(Mask, lambda one, _: (replace(one, ahead=one.ahead + by),)))
+
+
+def _tiled(kernel: Kernel, place: Place) -> Iterator[Kernel]:
+    attention = place.facts.attention(place.site)
+    query, key = (place.scene.given(f"{attention}#{role}") for role in ("query", "key"))
+    if key.shape[1] not in (1, query.shape[1]):
+        yield replace(kernel, tiled=True, parts=True)
+
+
+def _capped(kernel: Kernel, place: Place) -> Iterator[Kernel]:
+    for cap in (50.0, 30.0, 20.0, 5.0):
+        yield replace(kernel, cap=cap)
+
+
+def _value_rotated(heads: Heads, place: Place) -> Iterator[Heads]:
+    own = place.recipe(f"{place.facts.attention(place.site)}#key")
+    if isinstance(own, Rotation) and own.style != "none":
+        yield replace(heads, rotation=own)
+
+
+FAULTS = (
+    Fault(
+        "attention.scale_missing",
+        "does not scale the attention scores",
+        "multiply them by the config's scale, usually head_dim ** -0.5",
+        on(Kernel, lambda kernel, place: _scales(kernel, place, 1.0)),
+    ),
+    Fault(
+        "attention.scale_of_head_dim",
+        "scales the attention scores by head_dim ** -0.5, where this config has another scale",
+        "use the config's own, as `query_pre_attn_scalar` ** -0.5",
+        on(Kernel, _of_head_dim),
+    ),
+    Fault(
+        "attention.scale_of_hidden",
+        "scales the attention scores by (hidden_size / heads) ** -0.5, which is not head_dim here",
+        "read `head_dim` of the config",
+        on(Kernel, _of_hidden),
+    ),
+    Fault(
+        "attention.scale_twice",
+        "scales the attention scores twice",
+        "torch's kernel scales by itself: do not scale the query too, or pass scale=1",
+        on(Kernel, lambda kernel, place: _scales(kernel, place, kernel.scale**2)),
+    ),
+    Fault(
+        "attention.q_norm_missing",
+        "does not normalise the query",
+        "apply `q_norm` to each head's query before the rotation",
+        _norm_missing("q"),
+    ),
+    Fault(
+        "attention.k_norm_missing",
+        "does not normalise the key",
+        "apply `k_norm` to each head's key before the rotation",
+        _norm_missing("k"),
+    ),
+    Fault(
+        "attention.qk_norms_swapped",
+        "applies `q_norm` to the key and `k_norm` to the query",
+        "exchange them",
+        either(on(Rotation, _norms_swapped), on(Norm, _norm_swapped)),
+    ),
+    Fault(
+        "attention.norm_after_rotation",
+        "normalises query and key after their rotation",
+        "normalise first, then rotate",
+        on(Rotation, _norm_after),
+    ),
+    Fault(
+        "attention.window_plus_one",
+        "has a window one key too wide",
+        "a token sees itself and `sliding_window` - 1 before it",
+        _window(1),
+        needs=("window crossed",),
+    ),
+    Fault(
+        "attention.window_minus_one",
+        "has a window one key too narrow",
+        "a token sees itself and `sliding_window` - 1 before it",
+        _window(-1),
+        needs=("window crossed",),
+    ),
+    Fault(
+        "attention.window_ignored",
+        "lets a sliding layer see everything",
+        "limit the layers that `layer_types` calls sliding",
+        _masked(on(Mask, _ignored)),
+        needs=("window crossed",),
+    ),
+    Fault(
+        "attention.window_everywhere",
+        "limits a full layer to the window",
+        "limit only the layers that `layer_types` calls sliding",
+        _masked(on(Mask, _everywhere)),
+        needs=("window crossed",),
+    ),
+    Fault(
+        "attention.window_pattern_shifted",
+        "has the pattern of sliding and full layers shifted by one",
+        "take each layer's type from `layer_types`",
+        _masked(on(Mask, _shifted)),
+        needs=("window crossed",),
+    ),
+    Fault(
+        "attention.causal_plus_one",
+        "lets a token see the next one",
+        "the diagonal of the causal mask is 0",
+        _causal(1),
+        needs=("several tokens",),
+    ),
+    Fault(
+        "attention.causal_minus_one",
+        "does not let a token see itself",
+        "the diagonal of the causal mask belongs to what is seen",
+        _causal(-1),
+    ),
+    Fault(
+        "attention.padding_ignored",
+        "lets tokens see the padding",
+        "mask the keys where the attention mask is 0",
+        _masked(on(Mask, lambda one, _: (replace(one, padding=False),))),
+        needs=("left padding",),
+    ),
+    Fault(
+        "attention.gqa_order",
+        "lets query head i read key head i % groups",
+        "repeat each key head in place: query head i reads i // repeats",
+        on(Kernel, _tiled),
+    ),
+    Fault(
+        "attention.softcap_applied",
+        "caps attention scores softly, which the reference does not",
+        "leave `attn_logit_softcapping` alone here",
+        on(Kernel, _capped),
+    ),
+    Fault(
+        "attention.value_rotated",
+        "rotates the values as well",
+        "rotate query and key alone",
+        on(Heads, _value_rotated),
+    ),
+)

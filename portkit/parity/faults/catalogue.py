@@ -1,0 +1,27 @@
+"""All faults, in the order in which they are told: one list that families to come join."""
+
+from __future__ import annotations
+
+from portkit.parity.faults import (
+    attention,
+    cache,
+    head,
+    loader,
+    mlp,
+    norms,
+    precision,
+    rope,
+)
+from portkit.parity.faults.fault import Fault
+
+CATALOGUE: tuple[Fault, ...] = (
+    *loader.FAULTS,
+    *rope.FAULTS,
+    *attention.FAULTS,
+    *norms.FAULTS,
+    *mlp.FAULTS,
+    *head.FAULTS,
+    *cache.FAULTS,
+    *precision.FAULTS,
+)
+NAMED = {one.id: one for one in CATALOGUE}

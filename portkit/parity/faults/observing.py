@@ -1,0 +1,73 @@
+"""Which recipes a site could have, by what stands there: a module's kind, a functional point.
+
+The one place that turns a site's name into recipes. A family's new piece joins here: its sites, and
+the recipes that are tried for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from portkit.parity.faults import attending, modules, rotary, wiring
+from portkit.parity.faults.recipe import Recipe
+from portkit.parity.faults.scene import Scene
+from portkit.parity.ledger import LOGITS
+
+
+def candidates(scene: Scene, site: str) -> Iterator[Recipe]:
+    """The recipes that a site could have, the likelier first."""
+    if site.endswith(wiring.PARAMETER):
+        yield wiring.parameter_of(scene, site)
+    elif site == LOGITS:
+        yield modules.logits(scene.facts.config)
+    elif "#" in site:
+        yield from _functional(scene, site)
+    elif site.endswith((":in.cos", ":in.sin")):
+        yield from _given_tables(scene, site)
+    elif site in scene.trace:
+        yield from _of_module(scene, site)
+
+
+def _functional(scene: Scene, site: str) -> Iterator[Recipe]:
+    role = site.partition("#")[2]
+    if role.startswith(("cos", "sin")):
+        yield from rotary.tables(scene, role.partition(".")[2])
+    elif role in {"query", "key"}:
+        yield from rotary.rotations(scene, site)
+    elif role == "value":
+        attention = scene.facts.attention(site)
+        yield rotary.Heads(f"{attention}.v_proj", scene.given(site).shape[1])
+    elif role == "mask":
+        yield from attending.masks(scene, site)
+    elif role == "context":
+        yield from attending.kernels(scene, site)
+
+
+def _given_tables(scene: Scene, site: str) -> Iterator[Recipe]:
+    """A layer is given the tables of one of the layer types: which, is seen."""
+    wanted, role = scene.trace[site], site[-3:]
+    for name, made in scene.trace.items():
+        if f"#{role}" in name and torch.equal(made, wanted):
+            yield from rotary.tables(scene, name.partition(f"#{role}")[2].lstrip("."))
+
+
+def _of_module(scene: Scene, site: str) -> Iterator[Recipe]:
+    module = scene.facts.modules.get(site)
+    if module is None:  # an input
+        if site.endswith(".down_proj:in"):
+            yield from modules.products(scene, site)
+        yield from wiring.connections(scene, site)
+    elif isinstance(module, nn.Linear):
+        bias = None if f"{site}.bias" not in scene.facts.parameters else f"{site}.bias"
+        if bias is None and module.in_features != module.out_features:
+            return  # there is nothing to mistake that its parameters would not show
+        yield modules.Linear(f"{site}.weight", bias)
+    elif isinstance(module, nn.Embedding):
+        yield from modules.embeddings(scene, site, module)
+    elif "norm" in site.rpartition(".")[2]:
+        yield from modules.norms(scene, site, module)
+    else:
+        yield from wiring.connections(scene, site)

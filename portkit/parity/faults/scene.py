@@ -1,0 +1,213 @@
+"""What a fault can see: one pass of the reference as it was recorded, and what is public of it.
+
+A scene gives the recorded tensor of a site, a parameter, the pass itself. In float64 it gives the
+same upcast, so that one recipe answers both questions, of bits and of functions. Knows no fault.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from portkit.parity.local import Trace
+from portkit.parity.probe import Pass, Probe
+from portkit.parity.reference import Reference
+from portkit.parity.sites import SiteTable
+
+_LAYER = re.compile(r"\.(\d+)(?=\.|$|:|#)")
+ATTENTION = ".self_attn"
+
+
+class Facts:
+    """What is public of the reference: modules, parameters, config, declared sites."""
+
+    def __init__(self, reference: Reference, table: SiteTable) -> None:
+        self.reference, self.table = reference, table
+        self.modules: Mapping[str, nn.Module] = reference.module_sites()
+        whole: Any = reference.model
+        self.config: Any = whole.config.get_text_config()
+        self.parameters: dict[str, Tensor] = {
+            f"{name}.{own}": parameter.detach()
+            for name, module in self.modules.items()
+            for own, parameter in module.named_parameters(recurse=False)
+        }
+        self.dtype = next(reference.model.parameters()).dtype
+        self.attentions = [name for name in self.modules if name.endswith(ATTENTION)]
+        self._frequencies: dict[Any, tuple[Tensor, float]] = {}
+
+    def attention(self, site: str) -> str:
+        """`model.layers.3.self_attn` of any site within it."""
+        return site[: site.index(ATTENTION) + len(ATTENTION)]
+
+    def window(self, attention: str) -> int | None:
+        """How many keys a layer's query sees, itself included; None: all."""
+        found = getattr(self.modules[attention], "sliding_window", None)
+        return found if isinstance(found, int) else None
+
+    def windows(self) -> list[int]:
+        """The windows that there are."""
+        return sorted({one for each in self.attentions if (one := self.window(each)) is not None})
+
+    def rope_parameters(self, kind: str) -> dict[str, Any] | None:
+        """A layer type's rotary parameters, in the config's words; `kind` is "" where all share."""
+        found = getattr(self.config, "rope_parameters", None)
+        if not isinstance(found, dict):
+            return None
+        return dict(found.get(kind, found))
+
+    def rope_kinds(self) -> list[str]:
+        """The layer types whose tables differ, or [""]."""
+        found = getattr(self.config, "rope_parameters", None) or {}
+        return [k for k, v in found.items() if isinstance(v, dict)] or [""]
+
+    def frequencies(self, kind: str, parameters: Mapping[str, Any]) -> tuple[Tensor, float]:
+        """The reference's own inverse frequencies under these parameters, and its scaling.
+
+        Its rotary module is built once more from a config of which only they are changed.
+        """
+        key = kind, tuple(sorted((k, str(v)) for k, v in parameters.items()))
+        if key not in self._frequencies:
+            with _disable_current_modes():  # or casts would be lifted in what is kept
+                self._frequencies[key] = self._made(kind, parameters)
+        return self._frequencies[key]
+
+    def _made(self, kind: str, parameters: Mapping[str, Any]) -> tuple[Tensor, float]:
+        ((_, module),) = self.reference.table_modules().items()
+        config = copy.deepcopy(self.config)
+        given = dict(parameters)
+        config.rope_parameters = {**config.rope_parameters, kind: given} if kind else given
+        made: Any = type(module)(config)
+        prefix = f"{kind}_" if kind else ""
+        frequencies = getattr(made, f"{prefix}inv_freq").to(next(module.buffers()).device)
+        return frequencies, float(getattr(made, f"{prefix}attention_scaling"))
+
+    def rounded(self, constant: Tensor) -> Tensor:
+        """A constant that was cast with the model; it is held so, in float64 too."""
+        with _disable_current_modes():
+            return constant.to(self.dtype).to(constant.dtype)
+
+
+@dataclass
+class Past:
+    """What earlier passes of a chain left, of the tokens that came before."""
+
+    shown: dict[str, Tensor] = field(default_factory=dict)
+    """`#key` and `#value` as the last pass saw them."""
+    unrotated: dict[str, Tensor] = field(default_factory=dict)
+    """Keys before their rotation, of all tokens, by attention."""
+
+
+@dataclass
+class Scene:
+    """One pass of the reference; `exact`: everything upcast to float64."""
+
+    facts: Facts
+    one: Pass
+    past: int
+    """Tokens before the pass."""
+    trace: Trace
+    before: Past = field(default_factory=Past)
+    exact: bool = False
+    memory: dict[Any, Any] = field(default_factory=dict)
+    """What is computed once a scene."""
+
+    def at(self, site: str) -> Tensor | None:
+        """What the reference had there."""
+        found = self.trace.get(site)
+        return None if found is None else self.upcast(found)
+
+    def given(self, site: str) -> Tensor:
+        """The same where it is known to be there."""
+        found = self.at(site)
+        assert found is not None, f"{site} was recorded"
+        return found
+
+    def parameter(self, name: str) -> Tensor | None:
+        found = self.facts.parameters.get(name)
+        return None if found is None else self.upcast(found)
+
+    def upcast(self, tensor: Tensor) -> Tensor:
+        return tensor.double() if self.exact and tensor.is_floating_point() else tensor
+
+    def in_float64(self) -> Scene:
+        """The same scene, in which everything is upcast."""
+        return Scene(self.facts, self.one, self.past, self.trace, self.before, exact=True)
+
+    def heads_first(self, site: str, heads: int) -> Tensor | None:
+        """What a projection or a norm of heads made, as (batch, heads, tokens, head_dim)."""
+        found = self.at(site)
+        if found is None:
+            return None
+        batch, num_tokens = len(self.one.input_ids), self.one.num_tokens
+        if found.dim() == 3:
+            return found.view(batch, num_tokens, heads, -1).transpose(1, 2)
+        return found if found.shape[1:3] == (heads, num_tokens) else found.transpose(1, 2)
+
+
+class Scenes:
+    """Scenes of a probe's passes, in their order; of a chain's past what a cache would hold."""
+
+    def __init__(self, facts: Facts, probe: Probe) -> None:
+        self._facts, self._probe = facts, probe
+        self._past: dict[str, Past] = {}
+        self._continued = {one.continues for one in probe}
+
+    def of(self, one: Pass, trace: Trace) -> Scene:
+        """The scene of the next pass."""
+        before = self._past.pop(one.continues or "", Past())
+        if one.name in self._continued:
+            self._past[one.name] = self._kept(before, trace)
+        return Scene(self._facts, one, self._probe.past(one), trace, before)
+
+    def _kept(self, before: Past, trace: Trace) -> Past:
+        kept = Past()
+        for name in self._facts.attentions:
+            for role in ("key", "value"):
+                if (shown := trace.get(f"{name}#{role}")) is not None:
+                    kept.shown[f"{name}#{role}"] = shown
+            new = trace.get(f"{name}.k_norm", trace.get(f"{name}.k_proj"))
+            key = trace.get(f"{name}#key")
+            if new is None or key is None:
+                continue
+            heads, tokens = key.shape[1], new.shape[1]
+            if new.dim() == 3:
+                new = new.view(len(new), tokens, heads, -1).transpose(1, 2)
+            elif new.shape[1] != heads:
+                new = new.transpose(1, 2)
+            earlier = before.unrotated.get(name)
+            kept.unrotated[name] = new if earlier is None else torch.cat((earlier, new), 2)
+        return kept
+
+
+def layer_of(site: str) -> int | None:
+    """3 of `model.layers.3.mlp`."""
+    found = _LAYER.search(site)
+    return None if found is None else int(found[1])
+
+
+def in_layer(site: str, layer: int) -> str:
+    """The same site of another layer."""
+    return _LAYER.sub(f".{layer}", site, count=1)
+
+
+def template(site: str) -> str:
+    """The site with its layer's number left out."""
+    return _LAYER.sub(".{layer}", site, count=1)
+
+
+def representatives(facts: Facts, sites: Iterable[str]) -> Iterator[str]:
+    """Of sites that differ in the layer alone, one for each kind of attention layer."""
+    seen = set()
+    kinds = {layer_of(one): facts.window(one) for one in facts.attentions}
+    for site in sites:
+        key = template(site), kinds.get(layer_of(site))
+        if key not in seen:
+            seen.add(key)
+            yield site

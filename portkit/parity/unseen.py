@@ -1,0 +1,104 @@
+"""What a comparison with a foreign side saw, and so what it did not.
+
+Passes that a side refused, sites that it does not show, parameters that it lays out in its own way.
+Knows names; judges nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from portkit.parity.probe import Pass, Probe
+from portkit.parity.result import NotVerified
+from portkit.parity.sites import CannotRun, Visit
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.#:]|$)")
+_TOLD = 3
+
+
+class Unseen:
+    """Keeps count while a comparison runs; `not_verified` says it."""
+
+    def __init__(self) -> None:
+        self.refused: dict[str, list[str]] = {}
+        """Who did not run it and why, and the passes."""
+        self.trace_sites: dict[str, None] = {}
+        self.port_sites: dict[str, None] = {}
+        self.widened: dict[str, None] = {}
+        self.parameters = 0, 0
+        """How many of the reference's have an equal of that name in the port, and all."""
+        self._num_passes = 0
+
+    def passed(self, trace: Mapping[str, Tensor]) -> None:
+        """A pass was run on both sides, the reference's sites being those of `trace`."""
+        self._num_passes += 1
+        self.trace_sites |= dict.fromkeys(trace)
+
+    def refuse(self, who: str, one: Pass, reason: CannotRun) -> None:
+        self.refused.setdefault(f"the {who} does not run it: {reason}", []).append(one.name)
+
+    def of_port(self, visit: Visit) -> Visit:
+        """The visitor, and the names that it is shown."""
+
+        def noted(name: str, tensor: Tensor) -> Tensor:
+            self.port_sites[name] = None
+            return visit(name, tensor)
+
+        return noted
+
+    def widen(self, name: str, dtype: torch.dtype) -> None:
+        word = str(dtype).removeprefix("torch.")
+        self.widened[f"{_kind(name)} is {word} in the port; it was compared rounded once"] = None
+
+    def not_verified(self, probe: Probe) -> Iterator[NotVerified]:
+        """Passes first, then sites by their kind."""
+        for reason, passes in self.refused.items():
+            more = f" and {len(passes) - _TOLD} more" if len(passes) > _TOLD else ""
+            named = f"pass {', '.join(passes[:_TOLD])}{more}"
+            yield NotVerified(named, reason, probe.is_complete)
+        held, count = self.parameters
+        if self._num_passes and held < count:
+            yield NotVerified(
+                f"{count - held} of {count} parameters by themselves",
+                "no equal one has that name in the other; what modules make of them is compared",
+            )
+        pairs = (
+            (self.trace_sites, self.port_sites, "the port does not show it: pair or record it"),
+            (self.port_sites, self.trace_sites, "the reference does not show it"),
+        )
+        for there, here, reason in pairs if self._num_passes else ():
+            for within, kinds in _lacking(there, here).items():
+                yield NotVerified(f"{within}{', '.join(kinds)}", reason)
+
+    def nothing_ran(self) -> str | None:
+        """Why no pass was run on both sides, where that is so."""
+        return None if self._num_passes else next(iter(self.refused), "the probe is empty")
+
+
+def _kind(name: str) -> str:
+    return _NUMBER.sub("*", name)
+
+
+def _lacking(there: Mapping[str, None], here: Mapping[str, None]) -> dict[str, list[str]]:
+    """Kinds of sites that are there and not here, by the module that they are in.
+
+    Of inputs nothing is said: what goes into a module came out of another, or is out of sight.
+    """
+    lacking: dict[str, int] = {}
+    for name in there:
+        if name not in here and ":in" not in name:
+            lacking[_kind(name)] = lacking.get(_kind(name), 0) + 1
+    found: dict[str, list[str]] = {}
+    for kind, count in lacking.items():
+        within, mark, last = kind.rpartition("#" if "#" in kind else ".")
+        if last == "*":
+            within, mark, last = "", "", kind
+        whole = sum(_kind(name) == kind for name in there)
+        share = "" if count == whole else f" ({count} of {whole})"
+        named = f"{mark.strip('.')}{last}{share}"
+        found.setdefault(f"{within}: " if within else "", []).append(named)
+    return found
