@@ -19,8 +19,8 @@ from parity_tests.faults.planted.planting import (
     Model,
     Planting,
     attentions,
-    first_table,
     layers,
+    tables,
     windows,
 )
 from portkit.nn.cache import FullCache, SlidingCache
@@ -40,7 +40,7 @@ def _counted(count: Count) -> Callable[[Model], str]:
             return hidden
 
         model.model.forward = forward
-        return f"model#cos{first_table(model)}"
+        return f"model#cos{next(iter(tables(model)))}"
 
     return plant
 

@@ -117,12 +117,6 @@ def tables(model: Model) -> dict[str, RotaryEmbedding]:
     return {f".{kind}": one for kind, one in made.items()}
 
 
-def first_table(model: Model) -> str:
-    """The ending of the tables that are made first: the first layer's."""
-    kinds = getattr(model.model, "layer_types", None)
-    return f".{kinds[0]}" if kinds and len(tables(model)) > 1 else next(iter(tables(model)))
-
-
 def windows(model: Model) -> list[int | None]:
     """Each layer's window, None where it sees everything."""
     caches = model.new_cache(1, 1).layers
