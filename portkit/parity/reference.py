@@ -263,7 +263,7 @@ def load_reference(
     notes: list[str] = []
     try:
         with _accepted(Path(directory), notes) as folder:
-            model, report = _from_pretrained(folder, dtype, attention)
+            model, report = _from_pretrained(folder, dtype, attention, notes)
     except Exception as error:  # it raises many kinds, and its own message is what helps
         reason = " ".join(str(error).split())
         raise ReferenceUnavailable(f"the reference cannot load {directory}: {reason}") from error
@@ -287,19 +287,39 @@ def _is_beside(key: str, model: Any) -> bool:
     return is_text_of_more and key.partition(".")[0] not in ("language_model", "model", "lm_head")
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
+def _from_pretrained(
+    folder: Path, dtype: torch.dtype, attention: str, notes: list[str]
+) -> tuple[Any, Any]:
+    """The model and what was loaded; of a multimodal one whose other parts need packages that are
+    not installed, the text model by its own class.
+    """
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
+    configs: Any = transformers.AutoConfig
     progress: Any = transformers.utils.logging
     progress.disable_progress_bar()
-    model, report = auto.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=attention,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "output_loading_info": True,
+        "local_files_only": True,
+    }
+    try:
+        model, report = auto.from_pretrained(folder, **options)
+    except ImportError:
+        whole = configs.from_pretrained(folder, local_files_only=True)
+        text = whole.get_text_config()
+        if text is whole:
+            raise
+        model, report = auto._model_mapping[type(text)].from_pretrained(
+            folder, config=text, **options
+        )
+        others = report.pop("unexpected_keys")
+        notes.append(
+            f"the reference is the text model by itself, {type(model).__name__}: the other parts "
+            f"need packages that are not installed ({len(others)} of their tensors were not read)"
+        )
     return model, report
 
 
