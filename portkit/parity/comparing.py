@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from portkit.errors import PortError
-from portkit.parity.judge import judge
+from portkit.parity.diagnose import Cause, Diagnosis, is_observed
+from portkit.parity.judge import Verdict, judge
 from portkit.parity.kill import KillMatrix
 from portkit.parity.ledger import (
     LOGITS,
@@ -79,7 +80,15 @@ def compare(
         tuple(comparing.not_verified()),
         () if matrix is None else matrix.fates(),
         (*comparing.truth.notes, *comparing.unseen.widened),
+        causes=comparing.causes(),
     )
+
+
+def _in_order(trace: Trace) -> Iterator[str]:
+    """Sites as the reference runs; of its tables' layer types it makes a set, and so no order."""
+    tables = iter(sorted(name for name in trace if "#cos" in name or "#sin" in name))
+    for name in trace:
+        yield next(tables) if "#cos" in name or "#sin" in name else name
 
 
 def groups(probe: Probe) -> list[list[Pass]]:
@@ -118,6 +127,7 @@ class Comparing:
         self.truth = truth(port, reference, table, self.ledger)
         self.unseen = Unseen()
         self.matrix: KillMatrix | None = None
+        self.diagnosis = Diagnosis(reference, table, probe) if is_observed(reference) else None
         self._recordings: list[Recording] = []
         self._compares_logits = table.dims("lm_head") is not None
         self._reference_caches: dict[str, Any] = {}
@@ -149,6 +159,8 @@ class Comparing:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
             elif not torch.equal(ours, held):
                 account.unequal.append(difference_as_loaded(account, ours, held))
+                if self.diagnosis is not None:
+                    self.diagnosis.parameter(name, ours, held)
         self.unseen.parameters = len(self.ledger.sites), len(parameters_of(self.reference))
 
     def _observes(self, parameter: str) -> bool:
@@ -160,7 +172,23 @@ class Comparing:
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""
         self.truth.judge(self._recordings)
+        if self.diagnosis is not None:
+            for one in self._recordings:
+                self._diagnose(self.diagnosis, one)
         self._recordings.clear()
+
+    def _diagnose(self, diagnosis: Diagnosis, one: Recording) -> None:
+        for site, ours in (*one.unequal.items(), *one.misshapen.items(), *one.apart.items()):
+            if judge(self.ledger.site(site)).verdict is Verdict.diverged:
+                diagnosis.culprit(site, one.run, ours, exact=site in one.apart)
+        diagnosis.let_go(one.run)
+
+    def causes(self) -> dict[str, Cause]:
+        """Why each culprit differs; nothing where the reference is not one to be observed."""
+        if self.diagnosis is None:
+            return {}
+        judged = map(judge, self.ledger.sites.values())
+        return self.diagnosis.causes(one for one in judged if one.verdict is Verdict.diverged)
 
     @torch.no_grad()
     def run(self, one: Pass) -> None:
@@ -186,8 +214,10 @@ class Comparing:
     def hold(self, recording: Recording) -> None:
         """Run the port freely and taught over a pass that was recorded."""
         one, trace = recording.run, recording.trace
-        for name in () if self.is_partial else trace:
+        for name in () if self.is_partial else _in_order(trace):
             self.ledger.site(name)  # in the reference's order, also what the port has not
+        if self.diagnosis is not None:
+            self.diagnosis.recorded(one, trace)
         try:
             self._run_freely(recording)
             self._run_taught(recording)
@@ -239,6 +269,7 @@ class Comparing:
                 account.misshapen = account.misshapen or (
                     f"{list(ours.shape)} {ours.dtype} against {list(theirs.shape)} {theirs.dtype}"
                 )
+                recording.misshapen[name] = ours.clone()
                 return
             if any(name.endswith(f"#{role}") for role in QKV[1:]):
                 ours = self._without_inherited(one, name, ours, theirs)

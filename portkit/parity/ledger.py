@@ -67,6 +67,11 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
     return moved.flatten(2)[one.real_of_last(moved.shape[1])]
 
 
+def picked(found: Tensor) -> Tensor:
+    """At most 64 rows, spread evenly."""
+    return found[:: max(1, len(found) // 64)][:64]
+
+
 def _in_one(tensor: Tensor, dims: str) -> bool:
     return tensor.dim() == len(dims.split()) - 1
 
@@ -150,6 +155,8 @@ class SiteAccount:
     floors: defaultdict[str, Distance] = field(default_factory=lambda: defaultdict(Distance))
     """Reference to the truth, by attention kernel."""
     function_asked: bool = False
+    truth_lacking: bool = False
+    """No side could be run in float64: what is unequal here cannot be judged."""
     spread: Spread = field(default_factory=Spread)
     """Of the port's distances from the truth, or from the reference where there is no truth."""
     floor_spread: Spread = field(default_factory=Spread)
