@@ -103,5 +103,5 @@ def _blocks(whole: Tensor, dim: int | None, loaded: LoadedModel, kept: Sequence[
     num_layers = loaded.config.num_hidden_layers
     if dim is None or len(kept) == num_layers:
         return whole
-    blocks = whole.unflatten(dim, (num_layers, -1))
-    return blocks.index_select(dim, torch.tensor(kept)).flatten(dim, dim + 1)
+    blocks = whole.chunk(num_layers, dim)
+    return torch.cat([blocks[layer] for layer in kept], dim)
