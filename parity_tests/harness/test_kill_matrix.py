@@ -210,8 +210,8 @@ def test_the_catalogue_is_told_in_words() -> None:
     assert len(NAMED) == len(CATALOGUE) >= 100
     for one in CATALOGUE:
         assert one.group in {
-            "loader", "rope", "attention", "norm", "mlp", "embedding", "head", "residual",
-            "cache", "precision",
+            "loader", "rope", "attention", "norm", "mlp", "experts", "embedding", "head",
+            "residual", "cache", "precision",
         }  # fmt: skip
         assert one.says[0].islower()
         assert not one.says.endswith(".")
