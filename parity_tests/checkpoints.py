@@ -8,11 +8,13 @@ vocabulary. Intermediate sizes stay multiples of 32.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 VOCABULARY = 509
 _SHARED = {
@@ -55,6 +57,14 @@ def qwen3_moe(**config: Any) -> Tiny:
     return Tiny("Qwen3Moe", {**_SHARED, **heads, **experts, "head_dim": 40, **config})
 
 
+def llama4(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 5, "intermediate_size": 96, "intermediate_size_mlp": 160}
+    chunks = {"attention_chunk_size": 24, "floor_scale": 7, "attn_scale": 0.3}
+    given = {**_SHARED, **heads, **experts, **chunks, "head_dim": 40, **config}
+    return Tiny("Llama4", given)
+
+
 def gemma3(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2}
     windows = {"sliding_window": 24, "query_pre_attn_scalar": 48}
@@ -65,6 +75,29 @@ def _cohere2(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2}
     windows = {"sliding_window": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
     return Tiny("Cohere2", {**_SHARED, **heads, **windows, "head_dim": 40, **config})
+
+
+def _gemma3n(**config: Any) -> Tiny:
+    """Twelve layers, of which five share keys; streams, sparse layers, tokens beyond the table."""
+    sizes = {
+        "vocab_size_per_layer_input": 401,
+        "hidden_size": 72,
+        "hidden_size_per_layer_input": 24,
+        "intermediate_size": [64, 96, 128] * 4,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 40,
+        "laurel_rank": 24,
+        "altup_num_inputs": 3,
+    }
+    layers = {
+        "sliding_window": 24,
+        "num_kv_shared_layers": 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 4,
+        "activation_sparsity_pattern": [0.9, 0.0, 0.6] + [0.0] * 9,
+    }
+    return Tiny("Gemma3n", {**_SHARED, **sizes, **layers, **config})
 
 
 TINY: dict[str, Tiny] = {
@@ -105,6 +138,24 @@ TINY: dict[str, Tiny] = {
         moe_intermediate_size=32,
         attention_bias=True,
     ),
+    "llama4 scout": llama4(rope_parameters={**LLAMA3_ROPE, "rope_theta": 500000.0}),
+    "llama4 maverick": llama4(
+        num_hidden_layers=12,
+        interleave_moe_layer_step=2,
+        num_local_experts=3,
+        intermediate_size=32,
+        use_qk_norm=False,
+    ),
+    "llama4 crowded": llama4(
+        num_hidden_layers=3,
+        num_experts_per_tok=3,
+        num_local_experts=7,
+        no_rope_layers=[0, 1, 0],
+        moe_layers=[1, 2],
+        attn_temperature_tuning=False,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
     "gemma3": gemma3(),
     "gemma3 shallow": gemma3(num_hidden_layers=4, sliding_window_pattern=3),
     "gemma3 scaled": gemma3(
@@ -116,6 +167,19 @@ TINY: dict[str, Tiny] = {
         num_key_value_heads=1,
         num_attention_heads=4,
         num_hidden_layers=12,
+    ),
+    "gemma3n": _gemma3n(),
+    "gemma3n plain": _gemma3n(
+        hidden_size=320,
+        num_hidden_layers=4,
+        intermediate_size=96,
+        num_kv_shared_layers=0,
+        num_key_value_heads=4,
+        layer_types=["full_attention", "sliding_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+        altup_num_inputs=2,
+        altup_active_idx=1,
+        final_logit_softcapping=3.0,
     ),
     "cohere2": _cohere2(num_hidden_layers=12),
     "cohere2 with biases": _cohere2(
@@ -132,7 +196,11 @@ def save_tiny(tiny: Tiny, folder: Path, dtype: torch.dtype, seed: int = 0) -> No
     """Write a checkpoint of random weights as the reference's own `save_pretrained` does."""
     import transformers
 
-    config_class = {"Gemma3": "Gemma3TextConfig"}.get(tiny.family, f"{tiny.family}Config")
+    config_class = {
+        "Gemma3": "Gemma3TextConfig",
+        "Gemma3n": "Gemma3nTextConfig",
+        "Llama4": "Llama4TextConfig",
+    }.get(tiny.family, f"{tiny.family}Config")
     config = getattr(transformers, config_class)(**tiny.config)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{tiny.family}ForCausalLM")(config)
@@ -140,11 +208,13 @@ def save_tiny(tiny: Tiny, folder: Path, dtype: torch.dtype, seed: int = 0) -> No
     model.to(dtype).save_pretrained(folder)
 
 
-def save_tiny_multimodal(folder: Path, dtype: torch.dtype, seed: int = 0) -> None:
-    """A Gemma 3 checkpoint with a vision tower around the language model, as 4B to 27B are."""
+def save_tiny_multimodal(
+    folder: Path, dtype: torch.dtype, seed: int = 0, family: str = "Gemma3"
+) -> None:
+    """A checkpoint with a vision tower around the language model, as Gemma 3 4B to 27B are, or
+    Llama 4."""
     import transformers
 
-    text = {**gemma3(num_hidden_layers=3, sliding_window_pattern=3).config, "vocab_size": 512}
     vision = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -153,19 +223,68 @@ def save_tiny_multimodal(folder: Path, dtype: torch.dtype, seed: int = 0) -> Non
         "image_size": 56,
         "patch_size": 14,
     }
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=511
+    if family == "Gemma3":
+        text = gemma3(num_hidden_layers=3, sliding_window_pattern=3).config
+        outer = {"mm_tokens_per_image": 4, "image_token_index": 511}
+    else:
+        text, outer = TINY["llama4 scout"].config, {}
+        vision |= {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}
+    config = getattr(transformers, f"{family}Config")(
+        text_config={**text, "vocab_size": 512}, vision_config=vision, **outer
     )
     torch.manual_seed(seed)
-    model = transformers.Gemma3ForConditionalGeneration(config)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
     randomise(model)
     model.to(dtype).save_pretrained(folder)
+
+
+def save_tiny_with_towers(folder: Path, dtype: torch.dtype) -> None:
+    """A Gemma 3n checkpoint as it is released: towers around the language model, their own config.
+
+    The reference's class for it needs a package that is not installed here, so that the text model
+    is written by the reference and the rest put around it: names, prefixes, keys of shared layers.
+    """
+    tiny = TINY["gemma3n"]
+    save_tiny(tiny, folder, dtype)
+    (written,) = folder.glob("*.safetensors")
+    tensors = load_file(written)
+    released = {
+        f"model.language_model.{name.removeprefix('model.')}": tensor
+        for name, tensor in tensors.items()
+    }
+    for layer in (7, 11):  # of layers that share keys; nobody reads them
+        attention = f"model.language_model.layers.{layer}.self_attn"
+        for part in ("k_proj", "v_proj"):
+            released[f"{attention}.{part}.weight"] = torch.ones(80, 72, dtype=dtype)
+        released[f"{attention}.k_norm.weight"] = torch.ones(40, dtype=dtype)
+    for tower in (
+        "vision_tower.timm_model.x",
+        "audio_tower.conv",
+        "embed_vision.y",
+        "embed_audio.z",
+    ):
+        released[f"model.{tower}.weight"] = torch.ones(3, 5, dtype=dtype)
+    save_file(released, written, metadata={"format": "pt"})
+    text = json.loads((folder / "config.json").read_text())
+    word = text.pop("dtype")
+    config = {
+        "architectures": ["Gemma3nForConditionalGeneration"],
+        "model_type": "gemma3n",
+        "text_config": {**text, "architectures": None},
+        "vision_config": {"model_type": "gemma3n_vision", "architecture": "mobilenetv5_300m_enc"},
+        "audio_config": {"model_type": "gemma3n_audio"},
+        "audio_soft_tokens_per_image": 188,
+        "vision_soft_tokens_per_image": 256,
+        **{f"{kind}_token_id": 300 for kind in ("image", "audio", "boi", "eoi", "boa", "eoa")},
+        "dtype": word,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def randomise(model: torch.nn.Module) -> None:
     """Norm weights and biases away from the ones and zeros that hide mistakes."""
     for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
+        if "norm" in name or parameter.dim() == 1:
             parameter.data.normal_(0.4, 0.4)
         else:
             parameter.data.mul_(2.0)

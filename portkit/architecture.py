@@ -87,11 +87,14 @@ class Site:
     """A named tensor that is observed on both sides of a comparison.
 
     `name` is a template in the weight map's language: a module of the text-only reference, whose
-    output is meant, or a functional point behind `#`. `dims` names the tensor's dimensions.
+    output is meant, or a functional point behind `#`. `dims` names the tensor's dimensions,
+    `inputs` those of a module's inputs: by default `batch position channel`, or for a norm, which
+    takes what it gives, `dims`.
     """
 
     name: str
     dims: str
+    inputs: str | None = None
 
 
 @dataclass(frozen=True)

@@ -132,19 +132,51 @@ class ConfigReader:
             raise self._wrong(key, value, "true or false")
         return value
 
+    def switch(self, key: str, default: bool) -> bool:
+        """A boolean that some files write as a number: any but zero is true."""
+        value = self._value(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value != 0
+        return self.flag(key, default)
+
     def words(self, key: str, length: int, allowed: Sequence[str]) -> tuple[str, ...] | None:
         """A list of `length` words out of `allowed`, or None where the key is absent or null."""
         value = self._value(key)
         if value is None:
             return None
-        if not isinstance(value, list) or len(value) != length:
-            raise self._wrong(key, value, f"a list of {length}, one for each layer")
+        self._each(key, value, length)
         for word in value:
             if word not in allowed:
                 raise UnsupportedConfig(
                     f"{self.where}: {key} holds {word!r}; supported: {', '.join(allowed)}"
                 )
         return tuple(value)
+
+    def sizes(self, key: str, length: int) -> tuple[int, ...]:
+        """A size for each of `length` layers: a list of so many, or one integer for all."""
+        value = self._value(key)
+        if not isinstance(value, list):
+            return (self.size(key),) * length
+        return tuple(map(self._each(key, value, length).size, map(str, range(length))))
+
+    def fractions(self, key: str, length: int) -> tuple[float, ...] | None:
+        """A list of `length` numbers from 0 up to 1, without it; None where absent or null."""
+        value = self._value(key)
+        if value is None:
+            return None
+        self._each(key, value, length)
+        for one in value:
+            if isinstance(one, bool) or not isinstance(one, int | float) or not 0 <= one < 1:
+                raise self._wrong(f"each of {key}", one, "a number from 0 up to, without, 1")
+        return tuple(map(float, value))
+
+    def _each(self, key: str, value: Any, length: int) -> ConfigReader:
+        """A reader of a list's elements, whose keys are their places."""
+        if not isinstance(value, list) or len(value) != length:
+            raise self._wrong(key, value, f"a list of {length}, one for each layer")
+        return ConfigReader(
+            dict(zip(map(str, range(length)), value, strict=True)), f"{self.where}, {key}"
+        )
 
     def layers(self, key: str, num_layers: int) -> frozenset[int] | None:
         """A list of layers by number, or None where the key is absent or null."""
@@ -158,6 +190,15 @@ class ConfigReader:
                 f"{key} names layer {beyond[0]}, and there are {num_layers}, from 0 on"
             )
         return frozenset(value)
+
+    def bits(self, key: str, num_layers: int) -> tuple[bool, ...] | None:
+        """A list with 0 or 1 for each layer, or None where the key is absent, null or empty."""
+        value = self._value(key)
+        if value is None or value == []:
+            return None
+        if not isinstance(value, list) or len(value) != num_layers or not {*value} <= {0, 1}:
+            raise self._wrong(key, value, f"a list of {num_layers}, 0 or 1 for each layer")
+        return tuple(map(bool, value))
 
     def pin(self, key: str, *allowed: Any, because: str) -> None:
         """Refuse any value but those under which leaving the key out of the port is right."""

@@ -17,10 +17,10 @@ class Measured:
     num_parameters: int
     num_steps: int
     batch_size: int
+    context: int
     seed: int
     held_out_seed: int
     num_held_out: int
-    training_s: float
     nats_per_token: float
     bits_per_byte: float
     grammar_nats_per_token: float
@@ -52,10 +52,11 @@ than `head_dim`, query and key norms, a tied head, a prime vocabulary.
     python tools/make_demo_checkpoint.py --steps {num_steps} --seed {seed}
 
 makes all of it from nothing: the text, which `tools/stories.py` writes from a grammar of our own;
-the tokenizer, a byte-level BPE trained on that text; the model, trained from random weights by
-AdamW for {num_steps:,} steps of {batch_size} rows; and this card. This one took {minutes:.0f}
-minutes on a CPU with {versions}. Training is seeded, but another processor or another number of
-threads rounds differently and gives other weights of the same kind.
+then `portkit train` on it, which trains the tokenizer, a byte-level BPE, and the model, from random
+weights by Muon and AdamW for {num_steps:,} steps of {batch_size} rows of {context} tokens; and this
+card. This one was made on a CPU with {versions}. Training is seeded, but
+another processor or another number of threads rounds differently and gives other weights of the
+same kind.
 
 ## What was measured
 
@@ -89,7 +90,6 @@ def write_card(file: Path, measured: Measured) -> None:
     """Write the card; samples become quoted paragraphs."""
     fields = {
         **vars(measured),
-        "minutes": measured.training_s / 60,
         "greedy": _quoted(measured.greedy),
         "sampled": _quoted(measured.sampled),
     }

@@ -41,6 +41,11 @@ class Asked(ConfigReader):
             self.required[self._section + key] = "an integer"
         return super().size(key, *default, **bounds)
 
+    def sizes(self, key: str, length: int) -> tuple[int, ...]:
+        found = super().sizes(key, length)
+        self.required[self._section + key] = "a size for each layer"
+        return found
+
     def number(self, key: str, *default: Any) -> Any:
         if not default:
             self.required[self._section + key] = "a number"
@@ -61,6 +66,11 @@ def required_fields(model_type: str) -> dict[str, str]:
 WRONG: dict[str, dict[str, tuple[object, ...]]] = {
     "an integer": {
         "must be an integer": ("24", 24.0, True, [24], {}),
+        "must be between": (0, -1, 2**40, 10**400),
+    },
+    "a size for each layer": {
+        "must be an integer": ("24", 24.0, True, {}),
+        "must be a list of 2": ([24], [24, 24, 24]),
         "must be between": (0, -1, 2**40, 10**400),
     },
     "a number": {
@@ -230,6 +240,60 @@ CONFIG_VALUES = [
         base="qwen3",
     ),
     Case(
+        "more layers share keys than there are",
+        config({"num_kv_shared_layers": 2}),
+        ("num_kv_shared_layers 2 leaves none", "num_hidden_layers 2"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "a layer shares keys that no layer has",
+        config({"num_kv_shared_layers": 1, "layer_types": ["full_attention", "sliding_attention"]}),
+        ("layer_types", "sliding_attention layer shares keys", "first 1 layers"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "too few widths",
+        config({"intermediate_size": [32]}),
+        ("intermediate_size must be a list of 2, one for each layer", "[32]"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "a width that is none",
+        config({"intermediate_size": [32, "32"]}),
+        ("intermediate_size", "1 must be an integer", "not '32'"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "too few sparsities",
+        config({"activation_sparsity_pattern": [0.5] * 3}),
+        ("activation_sparsity_pattern must be a list of 2", "one for each layer"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "everything sparse",
+        config({"activation_sparsity_pattern": [0.5, 1.0]}),
+        ("each of activation_sparsity_pattern", "up to, without, 1", "not 1.0"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "no such stream",
+        config({"altup_active_idx": 4}),
+        ("altup_active_idx 4", "altup_num_inputs 4", "count from 0"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "a padding token without a row",
+        config({"pad_token_id": 29}),
+        ("pad_token_id 29 has no row", "31", "29 tokens"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "quantised model of several streams",
+        config({"quantization_config": {"quant_method": "awq"}}),
+        ("quantization_config", "awq", "take the unquantised repository"),
+        base="gemma3n_text",
+    ),
+    Case(
         "more experts chosen than there are",
         config({"num_experts_per_tok": 4}),
         ("num_experts_per_tok 4", "num_experts 3"),
@@ -288,6 +352,48 @@ CONFIG_VALUES = [
         config({"quantization_config": {"quant_method": "bitsandbytes"}}),
         ("quantization_config", "bitsandbytes", "take the unquantised repository"),
         base="cohere2",
+    ),
+    Case(
+        "layer with experts that there is not",
+        config({"moe_layers": [1, 3]}),
+        ("moe_layers names layer 3", "there are 2"),
+        base="llama4_text",
+    ),
+    Case(
+        "rotating layers for another number of layers",
+        config({"no_rope_layers": [1, 1, 1, 0]}),
+        ("no_rope_layers must be a list of 2", "[1, 1, 1, 0]"),
+        base="llama4_text",
+    ),
+    Case(
+        "rotating layers by their numbers",
+        config({"no_rope_layers": [1, 3]}),
+        ("no_rope_layers must be a list of 2, 0 or 1 for each layer", "[1, 3]"),
+        base="llama4_text",
+    ),
+    Case(
+        "interval that the reference does not read",
+        config({"nope_layer_interval": 3}),
+        ("nope_layer_interval is 3", "supported: 4"),
+        base="llama4_text",
+    ),
+    Case(
+        "chosen experts that there are not",
+        config({"num_experts_per_tok": 4}),
+        ("num_experts_per_tok 4", "num_local_experts 3"),
+        base="llama4_text",
+    ),
+    Case(
+        "temperature a word",
+        config({"text_config.attn_temperature_tuning": "yes"}),
+        ("attn_temperature_tuning must be true or false", "'yes'"),
+        base="llama4",
+    ),
+    Case(
+        "quantised experts",
+        config({"quantization_config": {"quant_method": "compressed-tensors"}}),
+        ("quantization_config", "compressed-tensors", "take the unquantised repository"),
+        base="llama4",
     ),
     Case(
         "window of one",

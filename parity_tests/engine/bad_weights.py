@@ -35,6 +35,8 @@ from parity_tests.engine.damage import (
 )
 
 ROUTER = "model.layers.1.mlp.gate.weight"
+STACKED = "model.layers.1.feed_forward.experts.gate_up_proj"
+SHARED = "model.layers.1.feed_forward.shared_expert.up_proj.weight"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 NORM, HEAD, GATE = "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.gate_proj.weight"
 AGAIN = "fetch the checkpoint again"
@@ -170,6 +172,27 @@ TENSORS = [
         ("3 missing: model.layers.1.mlp.gate_proj.weight", "10 unexpected", "mlp.experts.0"),
         1,
         "qwen3_moe",
+    ),
+    Case(
+        "experts as another family stores them",
+        tensors({STACKED: torch.ones(3, 64, 24)}),
+        (STACKED, "[3, 64, 24]", "[3, 24, 64]"),
+        1,
+        "llama4_text",
+    ),
+    Case(
+        "experts fewer than the config's",
+        tensors({STACKED: torch.ones(2, 24, 64)}),
+        (STACKED, "[2, 24, 64]", "[3, 24, 64]"),
+        1,
+        "llama4_text",
+    ),
+    Case(
+        "shared expert missing",
+        tensors({SHARED: GONE}),
+        ("1 missing", SHARED),
+        1,
+        "llama4_text",
     ),
     Case(
         "NaN",

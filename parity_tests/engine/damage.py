@@ -70,6 +70,14 @@ _STRETCHED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_CHOOSING = {
+    **_SIZES,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 3,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 8,
+    "attn_temperature_tuning": 4,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SIZES, "rope_scaling": _STRETCHED},
     "qwen3": {"model_type": "qwen3", **_SIZES, "tie_word_embeddings": True},
@@ -82,6 +90,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
     "cohere2": {"model_type": "cohere2", **_SIZES, "sliding_window": 8, "attention_bias": True},
+    "gemma3n_text": {
+        "model_type": "gemma3n_text",
+        **_SIZES,
+        "sliding_window": 8,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 29,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+    },
+    "llama4_text": {"model_type": "llama4_text", **_CHOOSING},
+    "llama4": {
+        "model_type": "llama4",
+        "text_config": {"model_type": "llama4_text", **_CHOOSING},
+        "vision_config": {"hidden_size": 16},
+    },
     "gemma3_text": {"model_type": "gemma3_text", **_SIZES, "sliding_window": 8},
     "gemma3": {
         "model_type": "gemma3",

@@ -27,6 +27,7 @@ from portkit.generation.loop import generate
 from portkit.generation.settings import GenerationSettings
 from portkit.loading import LoadedModel, load
 from portkit.tokenizer import Tokenizer
+from portkit.training.texts import find_texts
 
 DEMO = Path(portkit.__file__).parent / "demo_checkpoint"
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -39,6 +40,7 @@ FILES = {
     "tokenizer_config.json",
 }
 PROMPT = "Once upon a time"
+PAD = 0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -212,7 +214,7 @@ def test_weights_are_bfloat16_and_trained_everywhere(config: dict[str, Any]) -> 
     checkpoint = Checkpoint(LocalFiles(DEMO))
     assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16"}
     assert "lm_head.weight" not in checkpoint.tensors
-    assert config["torch_dtype"] == "bfloat16"
+    assert config["dtype"] == "bfloat16"
     for name in checkpoint.tensors:
         assert checkpoint.read(name).float().std() > 0.004, f"{name} is hardly trained"
 
@@ -227,7 +229,7 @@ def test_the_tokenizer_gives_back_what_it_reads(
         assert tokenizer.encode(text, special=False) == ids[1:]
         assert tokenizer.decode(ids) == text
     assert tokenizer.encode("<eos>", special=False) == [config["eos_token_id"]]
-    assert tokenizer.encode("<pad>", special=False) == [config["pad_token_id"]]
+    assert tokenizer.encode("<pad>", special=False) == [PAD]
     longest = max(len(tokenizer.encode(text)) for text in texts)
     assert longest < config["max_position_embeddings"]
     assert longest > 3 * config["sliding_window"]
@@ -317,7 +319,7 @@ def test_sampled_stories_are_whole(loaded: LoadedModel, tokenizer: Tokenizer) ->
         assert ended == "eos"
         assert faults(text) == [], text
     faithful = [text for text, _ in told if len(names & set(re.findall(r"\w+", text))) == 1]
-    assert len(faithful) >= 9, "a model of this size may lose its hero in a story, not in most"
+    assert len(faithful) >= 11, "a model of this size may lose its hero in a story, now and then"
 
 
 def test_transformers_reads_the_same_tokens(
@@ -329,26 +331,26 @@ def test_transformers_reads_the_same_tokens(
         ids = tokenizer.encode(text)
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids, skip_special_tokens=True) == text
-    assert theirs.pad_token_id == config["pad_token_id"]
+    assert theirs.pad_token_id == PAD
     assert theirs.eos_token_id == config["eos_token_id"]
 
 
 # -- the making ------------------------------------------------------------------------------
 
 
-def test_no_held_out_story_is_trained_on(stories: ModuleType) -> None:
+def test_no_held_out_story_is_trained_on(
+    stories: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import make_demo_checkpoint as making
-    from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_file(str(DEMO / "tokenizer.json"))
-    recipe = making.Recipe(steps=1, seed=0)
-    free = making.Stories(backend, recipe, [])
-    held = making.Stories(backend, recipe, [stories.write_story(0, 4)])
-    assert held.story(4) == held.story(5) == free.story(5) != free.story(4)
-    row = held.row(1)  # stories 2 and 3
-    assert row == (free.story(2) + free.story(3))[: making.CONTEXT + 1]
-    assert held.row(2) == (free.story(5) + free.story(5))[: making.CONTEXT + 1]
-    assert held.batch(0)[1].tolist() == row
+    monkeypatch.setattr(making, "NUM_STORIES", 12)
+    held = [stories.write_story(0, 4), stories.write_story(1, 0)]
+    train_text, held_out_text = making.write_texts(tmp_path, 0, held)
+    told = [story.text for story in stories.write_stories(0, 12)]
+    trained_on, _ = find_texts(str(train_text))
+    held_out, _ = find_texts(str(held_out_text))
+    assert list(trained_on.documents()) == told[:4] + told[5:]
+    assert list(held_out.documents()) == [story.text for story in held]
 
 
 @pytest.mark.slow
@@ -364,4 +366,4 @@ def test_one_command_makes_all_of_it(tmp_path: Path, config: dict[str, Any]) -> 
         assert (out / name).read_bytes() == (DEMO / name).read_bytes(), name
     assert load(out).report.parameters == load(DEMO).report.parameters
     nats = figure((out / "README.md").read_text(encoding="utf-8"), "held-out loss, nats per token")
-    assert nats == pytest.approx(math.log(config["vocab_size"]), abs=0.3)
+    assert nats == pytest.approx(math.log(config["vocab_size"]), abs=0.5)

@@ -96,6 +96,39 @@ def test_every_ported_config_has_the_published_number_of_parameters(
     assert {"command r7b", "command a"} <= known.keys()
 
 
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ("meta-llama__Llama-4-Scout-17B-16E-Instruct", 0),
+        ("meta-llama__Llama-4-Maverick-17B-128E-Instruct-FP8", 1),
+    ],
+)
+def test_llama_4_has_the_published_number_of_parameters_and_its_layout_a_plan(
+    config: str, place: int, configs: dict[str, Path], data_folder: Path
+) -> None:
+    """Of the FP8 checkpoint the config is understood, but for being quantised."""
+    text = (data_folder / "README.md").read_text(encoding="utf-8")
+    counts = re.search(r"Scout / Maverick \(text\) ([\d,]+) / ([\d,]+)", text)
+    assert counts is not None
+    blueprint = drawn(configs[config], quantization_config=None)
+    assert blueprint.num_parameters == int(counts.groups()[place].replace(",", ""))
+    weight_map, model = blueprint.architecture.weight_map, blueprint.skeleton
+    names = [name for claim in weight_map.written(model).claims for name in claim.canonical]
+    vision = ["vision_model.class_embedding", "multi_modal_projector.linear_1.weight"]
+    plan = weight_map.plan(model, dict.fromkeys([*(f"language_model.{n}" for n in names), *vision]))
+    read = [name for claim in plan.claims for name in claim.sources]
+    assert sorted(read) == sorted(f"language_model.{name}" for name in names)
+    assert [one.source for one in plan.dropped] == vision
+
+
+def test_qwen3_30b_a3b_reads_each_expert_by_itself(configs: dict[str, Path]) -> None:
+    blueprint = drawn(configs["Qwen__Qwen3-30B-A3B"])
+    plan = blueprint.architecture.weight_map.written(blueprint.skeleton)
+    sources = [name for claim in plan.claims for name in claim.sources]
+    assert len(sources) == len(set(sources)) == 48 * (3 * 128 + 1 + 8) + 3
+    assert "model.layers.47.mlp.experts.127.down_proj.weight" in sources
+
+
 def test_every_ported_config_has_as_many_parameters_as_the_reference_counts(
     configs: dict[str, Path],
 ) -> None:

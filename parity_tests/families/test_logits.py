@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from parity_tests.checkpoints import TINY, save_tiny_multimodal
+from parity_tests.checkpoints import TINY, save_tiny_multimodal, save_tiny_with_towers
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
 from portkit.parity.logits import compare_logits, run_all
@@ -39,11 +40,41 @@ def test_tiny_checkpoints_are_exact(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["Gemma3", "Llama4"])
 def test_the_language_model_of_a_multimodal_checkpoint_is_exact(
-    dtype: torch.dtype, tmp_path: Path
+    family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    save_tiny_multimodal(tmp_path, dtype)
+    save_tiny_multimodal(tmp_path, dtype, family=family)
     assert unequal_passes(tmp_path, dtype, "sdpa") == []
+
+
+def test_so_is_that_of_one_whose_towers_need_packages_that_are_not_here(tmp_path: Path) -> None:
+    save_tiny_with_towers(tmp_path, torch.bfloat16)
+    assert unequal_passes(tmp_path, torch.bfloat16, "sdpa") == []
+    dropped = load(tmp_path).report.dropped
+    towers = [one.source for one in dropped if "towers" in one.because]
+    shared = [one.source for one in dropped if "keys and values" in one.because]
+    assert [len(towers), len(shared), len(dropped)] == [4, 6, 10]
+    (note,) = load_reference(tmp_path, torch.bfloat16).notes
+    assert "text model by itself, Gemma3nForCausalLM" in note
+    assert "4 of their tensors" in note
+
+
+def test_a_released_config_that_the_reference_rejects_is_exact(tmp_path: Path) -> None:
+    """Its switch is a number, its list of layers empty; other keys are spelled as of old."""
+    save_tiny_multimodal(tmp_path, torch.bfloat16, family="Llama4")
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config["text_config"] | {"attn_temperature_tuning": 4, "no_rope_layers": []}
+    scaling = text.pop("rope_parameters")
+    text |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    text |= {"for_llm_compressor": False, "nope_layer_interval": 4}
+    for key in ("layer_types", "moe_layers", "no_rope_layer_interval"):
+        del text[key]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": text}))
+    assert unequal_passes(tmp_path, torch.bfloat16, "sdpa") == []
+    (note,) = load_reference(tmp_path, torch.bfloat16).notes
+    assert "patched" in note
+    assert "attn_temperature_tuning 4 became true" in note
 
 
 def test_a_checkpoint_computed_in_another_dtype_than_stored_is_exact(

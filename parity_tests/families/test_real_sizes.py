@@ -50,6 +50,11 @@ RELEASED = {
     "Qwen3 0.6B": Released("Qwen__Qwen3-0.6B", 4),
     # A single layer, and of its 128 experts as many as take a gigabyte in float64.
     "Qwen3 30B-A3B": Released("Qwen__Qwen3-30B-A3B", 1, {"num_experts": 16, "vocab_size": 8191}),
+    "Llama 4 Scout": Released(
+        "meta-llama__Llama-4-Scout-17B-16E-Instruct",
+        1,
+        {"num_local_experts": 2, "vocab_size": 4093, "attention_chunk_size": 128},
+    ),
     "Llama 3.2 1B": Released("meta-llama__Llama-3.2-1B-Instruct", 2),
     "Command R7B": Released(
         "CohereLabs__c4ai-command-r7b-12-2024.derived",
@@ -74,7 +79,8 @@ def checkpoint(
     released = RELEASED[name]
     folder = tmp_path_factory.mktemp("released")
     published = data_folder / "configs" / released.config / "config.json"
-    config = {**json.loads(published.read_text()), **released.changed}
+    config = json.loads(published.read_text())
+    config.get("text_config", config).update(released.changed)
     (folder / "config.json").write_text(json.dumps(config))
     command = [sys.executable, MAKE_CHECKPOINT, folder, folder / "model", "--dtype", dtype]
     if released.layers is not None:

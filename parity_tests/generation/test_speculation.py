@@ -12,6 +12,7 @@ import portkit
 from parity_tests.conftest import CheckpointMaker
 from parity_tests.generation.specimens import write_checkpoint
 from portkit.architecture import CausalLM
+from portkit.bench.agreement import compare_tokens
 from portkit.errors import GenerationError
 from portkit.generation.loop import ReadableBatch, Startable, generate
 from portkit.generation.settings import GenerationSettings
@@ -38,9 +39,23 @@ def test_random_weights_with_and_without(name: str, tmp_path: Path) -> None:
 def test_a_story_and_a_copy(dtype: str) -> None:
     model = load(DEMO, dtype=dtype).model
     story = said(model, [1, 5, 9], 120)
-    assert said(Speculative(model), [1, 5, 9], 120) == story
+    assert_agree(model, [1, 5, 9], said(Speculative(model), [1, 5, 9], 120), story)
     again = [*story, *story[:40]]
-    assert said(Speculative(model), again, 60) == said(model, again, 60)
+    assert_agree(model, again, said(Speculative(model), again, 60), said(model, again, 60))
+
+
+def assert_agree(
+    model: CausalLM, prompt: Sequence[int], found: Sequence[int], plain: Sequence[int]
+) -> None:
+    """Equal; in bfloat16, or first apart where two logits lie within a step of each other.
+
+    What several tokens at once leave in the cache is rounded otherwise, and decides a tie.
+    """
+    tokens = {"readable": [list(plain)], "speculative": [list(found)]}
+    agreement = compare_tokens(model, [list(prompt)], tokens, {})["speculative"]
+    assert agreement.same
+    if next(model.parameters()).dtype == torch.float32:
+        assert found == plain
 
 
 def test_a_text_that_repeats_takes_fewer_passes(tiny_checkpoint: CheckpointMaker) -> None:

@@ -32,7 +32,14 @@ def run(loaded: LoadedModel, attention: str = "sdpa") -> Comparison:
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "name", ["llama tied with biases", "qwen3 yarn sliding", "qwen3 moe sliding", "gemma3 shallow"]
+    "name",
+    [
+        "llama tied with biases",
+        "qwen3 yarn sliding",
+        "qwen3 moe sliding",
+        "llama4 scout",
+        "gemma3 shallow",
+    ],
 )
 def test_our_families_are_exact_at_every_site(
     name: str, dtype: torch.dtype, kernel: str, tiny_checkpoint: CheckpointMaker

@@ -160,7 +160,7 @@ def test_a_culprit_opens(browser: Browser, page: Path) -> None:
     at = lines.index("cause")
     assert lines[at + 1 : at + 4] == [
         "attention.scale_of_head_dim, which explains 99.98 % of the difference",
-        "or",
+        "next",
         "attention.scale_twice, 50 %",
     ]
     assert first.find_element("css selector", "svg").is_displayed()

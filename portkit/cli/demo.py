@@ -135,9 +135,9 @@ def _prove_and_break(
         kind = first.kind or "function"
         say(f"{_INDENT}first made at {first.site}")
         cause = summary.said_cause(fields["first"]["cause"])
-        say(f"{_INDENT}{kind}: {summary.KINDS[kind]}{summary.evidence(first)}")
         if cause:
-            say(f"{_INDENT}cause: {cause}")
+            say(f"{_INDENT}{cause}")
+        say(f"{_INDENT}{kind}: {summary.KINDS[kind]}{summary.evidence(first)}")
     say(f"{_INDENT}report: {where / 'report.html'} (one file: open it in a browser)")
     return proofs, {
         "planted": demonstration.SITE,

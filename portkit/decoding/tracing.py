@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from portkit.architecture import CausalLM
 from portkit.decoding.operations import attend
 from portkit.nn.attention import KERNELS
-from portkit.nn.cache import Cache, LayerCache
+from portkit.nn.cache import Cache, ChunkedCache, LayerCache
 from portkit.nn.rope import RotaryEmbedding
 
 BLOCK = "block"
@@ -45,6 +45,8 @@ class Untraceable(Exception):
 
 def trace_step(model: CausalLM, batch: int) -> StepGraphs:
     """Trace one decode step of `batch` rows. Raises Untraceable, with the reason."""
+    if any(isinstance(layer, ChunkedCache) for layer in model.new_cache(batch, 1).layers):
+        raise Untraceable("what a token sees of its past depends on where its chunk begins")
     try:
         return _trace_step(model, batch)
     except Exception as error:  # whatever a family's code raises on proxies

@@ -49,6 +49,26 @@ def visible_keys(
     return visible
 
 
+def visible_in_chunk(
+    num_queries: int, past: int, padding: Tensor | None, device: torch.device, chunk: int
+) -> Tensor | None:
+    """The same for a layer in which a token sees the tokens of its own chunk of `chunk` alone.
+
+    Chunks are counted from a row's first real token. Such a layer keeps the `chunk - 1` tokens
+    before, as a window does, and a mask is left out where a window's would be.
+    """
+    visible = visible_keys(num_queries, past, padding, device, chunk)
+    if visible is None:
+        return None
+    num_keys = visible.shape[3]
+    indices = torch.arange(past + num_queries, device=device)[None]
+    if padding is not None:
+        indices = indices - (padding.cumsum(1) == 0).sum(1, keepdim=True)
+    chunks = indices // chunk  # (batch or 1, past + queries)
+    same = chunks[:, None, -num_queries:, None] == chunks[:, None, None, -num_keys:]
+    return visible & same
+
+
 class SdpaAttention(nn.Module):
     """`torch`'s fused kernel.
 
@@ -103,8 +123,18 @@ class EagerAttention(nn.Module):
         scores = torch.matmul(query, key.transpose(2, 3)) * self.scale
         lowest = torch.finfo(scores.dtype).min
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)
-        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = self.weights(scores).to(query.dtype)
         return torch.matmul(weights, value).transpose(1, 2).contiguous()
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return F.softmax(scores, dim=-1, dtype=torch.float32)
+
+
+class LowPrecisionEagerAttention(EagerAttention):
+    """The same with a softmax in the scores' own dtype."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return F.softmax(scores, dim=-1)
 
 
 KERNELS: dict[str, Callable[[float], nn.Module]] = {"sdpa": SdpaAttention, "eager": EagerAttention}

@@ -25,6 +25,17 @@ class Routing(NamedTuple):
     experts: Tensor
     """int64 (tokens, choices): which experts the weights belong to."""
 
+    @property
+    def scores(self) -> Tensor:
+        """(tokens, experts): the weights of all experts, zero where not chosen."""
+        return scores(self.weights, self.experts, self.logits.shape[1])
+
+
+def scores(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
+    """Weights (tokens, choices) to their places among all experts, (tokens, num_experts)."""
+    everywhere = weights.new_zeros(len(weights), num_experts)
+    return everywhere.scatter(-1, experts, weights)
+
 
 class GatedExperts(nn.Module):
     """Gated feed-forward blocks, `down(act(gate(x)) * up(x))`, their outputs weighted and summed.
@@ -69,6 +80,55 @@ class GatedExperts(nn.Module):
         else:
             gate, up = F.linear(x, gate_proj), F.linear(x, up_proj)
         return F.linear(self.act(gate) * up, self.down_proj[expert])
+
+
+class InputWeightedExperts(nn.Module):
+    """The same of inputs that are weighted, in place of outputs; matrices of all experts in one.
+
+    They are stored as (experts, in, out), the gate's and up's columns side by side. Every chosen
+    expert computes all tokens: which product a matrix kernel runs depends on how many there are,
+    and the reference runs each expert on all.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        act: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(num_experts, hidden_size, 2 * intermediate_size)
+        )
+        self.down_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.act = act
+
+    def forward(self, hidden_states: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """(tokens, hidden_size) to the same; `weights` and `experts` as in `Routing`."""
+        by_expert = scores(weights, experts, len(self.gate_up_proj)).t()[..., None]
+        if torch.is_grad_enabled():  # in one product and one sum, as the gradients' bits want it
+            weighted = hidden_states * by_expert  # (experts, tokens, hidden_size)
+            return self._run(weighted, self.gate_up_proj, self.down_proj, torch.bmm).sum(0)
+        # Of an expert that was not chosen the weighted input is zero, and so is what it makes.
+        ascending = experts.sort(dim=1).values
+        outputs = hidden_states.new_empty(*experts.shape, hidden_states.shape[1])
+        for expert in torch.unique(experts).tolist():
+            weighted = hidden_states * by_expert[expert]
+            matrices = self.gate_up_proj[expert], self.down_proj[expert]
+            tokens, choices = torch.where(ascending == expert)
+            outputs[tokens, choices] = self._run(weighted, *matrices, torch.mm)[tokens]
+        return outputs.sum(1)
+
+    def _run(
+        self,
+        x: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        multiply: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        gate, up = multiply(x, gate_up_proj).chunk(2, dim=-1)
+        return multiply(up * self.act(gate), down_proj)
 
 
 def _matrices(count: int, rows: int, columns: int) -> nn.ParameterList:

@@ -60,13 +60,37 @@ class InterleavedRotaryEmbedding(RotaryEmbedding):
         return angles.repeat_interleave(2, dim=-1)
 
 
+class PolarRotaryEmbedding(RotaryEmbedding):
+    """Tables for `rotate_polar`: one angle a pair of channels, each (batch, tokens, head_dim/2).
+
+    They stay float32 whatever the model's dtype; and torch's `polar` differs from its `cos` and
+    `sin` in the last bit of one in twenty.
+    """
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions[..., None].float() * self.inv_freq.to(positions.device)
+        turned = torch.polar(torch.ones_like(angles), angles) * self.scaling
+        return turned.real.contiguous(), turned.imag.contiguous()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (batch, heads, tokens, head_dim), pairing channel i with i + head_dim/2.
 
     `cos` and `sin` are (batch, tokens, head_dim), the same for all heads.
     Two rounded products and a rounded sum in x's dtype: a fused multiply-add differs in bfloat16.
     """
-    cos, sin = cos[:, None], sin[:, None]
+    return _rotate(x, cos[:, None], sin[:, None])
+
+
+def rotate_by_token(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for (batch, tokens, heads, head_dim): equal values, a gradient laid out otherwise.
+
+    Where a norm stands before the rotation, that decides the last bit of the norm's gradient.
+    """
+    return _rotate(x, cos[:, :, None], sin[:, :, None])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     # The second half is taken first, as the reference does: the order decides how x's gradient is
     # laid out in memory, and so the order of the sum behind it, a norm's gradient.
@@ -83,6 +107,17 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x.float()
     turned = torch.stack((-wide[..., 1::2], wide[..., ::2]), dim=-1).flatten(-2)
     return (wide * cos + turned * sin).to(x.dtype)
+
+
+def rotate_polar(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (batch, tokens, heads, head_dim), pairing channel 2i with 2i + 1, as complex numbers.
+
+    `cos` and `sin`, (batch, tokens, head_dim/2), are float32, as are the products: the cast back is
+    the only rounding to x's dtype.
+    """
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+    turned = pairs * torch.complex(cos, sin)[:, :, None]
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def inverse_frequencies(head_dim: int, rope: RopeParameters) -> tuple[Tensor, float]:

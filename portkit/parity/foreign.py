@@ -223,6 +223,11 @@ class ForeignSide:
             for running in reversed(self._running):
                 if table.dims(running + name) is not None:
                     return running + name
+        if name[:1] in {"#", "."} and not self._running:
+            raise SiteError(
+                f"{self.origin} records {name!r} in no module that stands for one of the "
+                "reference's: pair that (--sites), or record the whole name"
+            )
         within = f" within {self._running[-1]}" if self._running else ""
         raise SiteError(
             f"{self.origin} records {name!r}{within}, and there is no such site"

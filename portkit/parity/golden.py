@@ -192,7 +192,7 @@ def _compare_locally(held: _Held, seen: set[str], tell: Tell) -> Comparison:
                 for site in trace.recorded(one)
                 if _dims(held.table, site) is not None
             }
-            recording = Recording(one, recorded, Calls(), Calls())
+            recording = Recording(one, recorded, Calls(), Calls(), probe.past(one))
             comparing.hold(recording)
             seen |= recording.seen
             # Its own blocks are run in float64, on what was recorded: that is the truth here.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from portkit.architecture import CausalLM
 from portkit.errors import ProbeError
-from portkit.nn.cache import SlidingCache
+from portkit.nn.cache import ChunkedCache, SlidingCache
 from portkit.nn.rope import RotaryEmbedding
 from portkit.parity.probe import Pass, Probe, chain
 from portkit.parity.result import NotVerified
@@ -139,6 +139,11 @@ def _windows(model: CausalLM) -> list[int]:
     return sorted({one.window for one in caches if isinstance(one, SlidingCache)})
 
 
+def _chunk_lengths(model: CausalLM) -> set[int]:
+    caches = model.new_cache(1, 1).layers
+    return {one.window for one in caches if isinstance(one, ChunkedCache)}
+
+
 def _length(model: CausalLM) -> int:
     return _within(model, max(_windows(model), default=_PLAIN_LENGTH))
 
@@ -181,6 +186,9 @@ def _features(model: CausalLM) -> Iterable[_Feature]:
     context = model.config.max_position_embeddings
     for window in (one for one in _windows(model) if one < context):
         yield from _window_features(window)
+    for chunk in (one for one in _chunk_lengths(model) if one < context):
+        first = f"first token of an attention chunk of {chunk}, decoded"
+        yield _Feature(first, f"step of one token after a multiple of {chunk}", _opening(chunk))
     for name, module in model.named_modules():
         rope = module.rope if isinstance(module, RotaryEmbedding) else None
         original = rope.original_max_position_embeddings if rope else None
@@ -193,6 +201,10 @@ def _features(model: CausalLM) -> Iterable[_Feature]:
 
 def _reaching(position: int) -> Callable[[Pass, int], bool]:
     return lambda one, _: int(one.positions.max()) >= position
+
+
+def _opening(chunk: int) -> Callable[[Pass, int], bool]:
+    return lambda one, past: one.num_tokens == 1 and past > 0 and past % chunk == 0
 
 
 def _window_features(window: int) -> Iterable[_Feature]:

@@ -107,7 +107,7 @@ class Recorder:
             recordings = []
             for one in group:
                 tell(one.name)
-                recording = self._record(one)
+                recording = self._record(one, probe.past(one))
                 if one is probe.passes[0]:
                     expect(self._estimate(recording, probe))
                 recordings.append(recording)
@@ -122,7 +122,7 @@ class Recorder:
             }
         return self.found
 
-    def _record(self, one: Pass) -> Recording:
+    def _record(self, one: Pass, num_past: int) -> Recording:
         trace: Trace = {}
         with (
             watching(self._side, self._table, recorder(trace)),
@@ -142,7 +142,7 @@ class Recorder:
             raise TraceError(
                 f"no site matches {', '.join(self._keep.patterns)}; there are {names(trace)}"
             )
-        return Recording(one, trace, calls, Calls(), seen=set(trace))
+        return Recording(one, trace, calls, Calls(), num_past, seen=set(trace))
 
     def _estimate(self, recording: Recording, probe: Probe) -> int:
         """Bytes of all passes, by the first one's sites: what is cached counts to the full."""

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from portkit.errors import ReferenceUnavailable
 from portkit.nn.moe import Routing
 from portkit.parity.probe import Pass
-from portkit.parity.sites import Visit, parameters_of, visit_inputs, visit_routing
+from portkit.parity.sites import (
+    Visit,
+    choice_of,
+    parameters_of,
+    visit_inputs,
+    visit_routing,
+    visit_tables,
+)
 
 # Where a multimodal model keeps the text model that sites are named after.
 _TEXT_PREFIX = "model.language_model."
@@ -69,11 +76,19 @@ class Reference:
         return self._sites
 
     def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
-        """Routers give (logits, weights, ids); attention's tuple begins with its result."""
+        """Routers give (logits, weights, ids), or (weights of all experts, logits).
+
+        Other tuples, as attention's, begin with the result.
+        """
         if not isinstance(output, tuple):
             return visit(name, output)
-        if isinstance(output[-1], Tensor) and not output[-1].is_floating_point():
+        has_parts = any(True for _ in self.module_sites()[name].children())
+        if not has_parts and len(output) == 3:
             return tuple(visit_routing(name, visit, Routing(*output)))
+        if not has_parts and len(output) == 2:
+            scores, logits = output
+            logits = visit(name, logits)
+            return visit(choice_of(name), scores), logits
         return (visit(name, output[0]), *output[1:])
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -177,8 +192,7 @@ class Reference:
         def after(_: nn.Module, args: Any, kwargs: dict[str, Any], tables: Any) -> Any:
             kinds = [one for one in (*args, *kwargs.values()) if isinstance(one, str)]
             suffix = f".{kinds[0]}" if kinds else ""
-            cos, sin = tables
-            return visit(f"{prefix}#cos{suffix}", cos), visit(f"{prefix}#sin{suffix}", sin)
+            return visit_tables(tables, lambda r, one: visit(f"{prefix}#{r}{suffix}", one))
 
         handle = module.register_forward_hook(after, with_kwargs=True)
         try:
@@ -255,13 +269,13 @@ def load_reference(
     notes: list[str] = []
     try:
         with _accepted(Path(directory), notes) as folder:
-            model, report = _from_pretrained(folder, dtype, attention)
+            model, report = _from_pretrained(folder, dtype, attention, notes)
     except Exception as error:  # it raises many kinds, and its own message is what helps
         reason = " ".join(str(error).split())
         raise ReferenceUnavailable(f"the reference cannot load {directory}: {reason}") from error
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(key):
-            names = ", ".join(sorted(map(str, report[key]))[:3])
+        if keys := [one for one in map(str, report.get(key) or ()) if not _is_beside(one, model)]:
+            names = ", ".join(sorted(keys)[:3])
             raise ReferenceUnavailable(
                 f"the reference reports {key.replace('_', ' ')} in {directory}: {names}"
             )
@@ -269,19 +283,49 @@ def load_reference(
     return Reference(model.eval().to(torch.device(device)), attention, tuple(notes))
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
+def _is_beside(key: str, model: Any) -> bool:
+    """Whether a tensor is of another part of a multimodal checkpoint whose text model was loaded.
+
+    That no tensor of the text model is missing is asked separately, and that none is too many is
+    the weight map's to say.
+    """
+    is_text_of_more = str(model.config.model_type).endswith("_text")
+    return is_text_of_more and key.partition(".")[0] not in ("language_model", "model", "lm_head")
+
+
+def _from_pretrained(
+    folder: Path, dtype: torch.dtype, attention: str, notes: list[str]
+) -> tuple[Any, Any]:
+    """The model and what was loaded; of a multimodal one whose other parts need packages that are
+    not installed, the text model by its own class.
+    """
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
+    configs: Any = transformers.AutoConfig
     progress: Any = transformers.utils.logging
     progress.disable_progress_bar()
-    model, report = auto.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=attention,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "output_loading_info": True,
+        "local_files_only": True,
+    }
+    try:
+        model, report = auto.from_pretrained(folder, **options)
+    except ImportError:
+        whole = configs.from_pretrained(folder, local_files_only=True)
+        text = whole.get_text_config()
+        if text is whole:
+            raise
+        model, report = auto._model_mapping[type(text)].from_pretrained(
+            folder, config=text, **options
+        )
+        others = report.pop("unexpected_keys")
+        notes.append(
+            f"the reference is the text model by itself, {type(model).__name__}: the other parts "
+            f"need packages that are not installed ({len(others)} of their tensors were not read)"
+        )
     return model, report
 
 

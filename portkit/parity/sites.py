@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,8 @@ from portkit.weights import Template
 Visit = Callable[[str, Tensor], Tensor]
 
 QKV = ("query", "key", "value")
+AGAIN = "@"
+"""`…router_norm@2` is the second call of a module in one pass, in order of execution."""
 EXPERTS = "#experts"
 
 
@@ -135,7 +138,7 @@ class SiteTable:
     """
 
     def __init__(self, sites: Iterable[Site], layers: range | None = None) -> None:
-        self._templates = [(Template(site.name), site.dims) for site in sites]
+        self._templates = [(Template(site.name), site) for site in sites]
         self._layers = layers
         self._known: dict[str, str | None] = {}
 
@@ -147,24 +150,27 @@ class SiteTable:
     def dims(self, name: str) -> str | None:
         """The dimensions of a site, None where it is not declared or not among the layers.
 
-        A norm's input has those of its output; all other inputs are `batch position channel`.
+        A module called again in a pass has those of its first call.
         """
         if name not in self._known:
-            base = name.partition(":")[0]
-            declared = next(
-                filter(None, (self._match(*one, base) for one in self._templates)), None
-            )
-            is_input = ":" in name and declared is not None and "norm" not in base
-            self._known[name] = "batch position channel" if is_input else declared
+            base, _, role = name.partition(":")
+            base = base.partition(AGAIN)[0]
+            site = next(filter(None, (self._match(*one, base) for one in self._templates)), None)
+            dims = None if site is None else site.dims
+            if site is not None and role == "in":
+                dims = site.inputs or (site.dims if "norm" in base else "batch position channel")
+            elif site is not None and role:  # a rotary table
+                dims = "batch position channel"
+            self._known[name] = dims
         return self._known[name]
 
-    def _match(self, template: Template, dims: str, name: str) -> str | None:
+    def _match(self, template: Template, site: Site, name: str) -> Site | None:
         places = template.match(name)
         if places is None:
             return None
         if self._layers is not None and int(places.get("layer", -1)) not in self._layers:
             return None
-        return dims
+        return site
 
 
 @contextmanager
@@ -185,13 +191,17 @@ def watching(side: Watched, table: SiteTable, visit: Visit) -> Iterator[None]:
 
 
 def _hooks(side: Watched, name: str, module: nn.Module, visit: Visit) -> list[Any]:
-    roles = Roles(module)
+    roles, called = Roles(module), count(1)
+    this = name
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return roles.visit(args, kwargs, lambda role, tensor: visit(f"{name}:in{role}", tensor))
+        nonlocal this
+        number = next(called)
+        this = name if number == 1 else f"{name}{AGAIN}{number}"
+        return roles.visit(args, kwargs, lambda role, tensor: visit(f"{this}:in{role}", tensor))
 
     def after(_: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> Any:
-        return side.visit_output(name, output, visit)
+        return side.visit_output(this, output, visit)
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -228,7 +238,7 @@ class Roles:
         for key, value in [*named.items(), *kwargs.items()]:
             new = value
             if key == "position_embeddings":
-                new = tuple(visit(f".{r}", t) for r, t in zip(("cos", "sin"), value, strict=True))
+                new = visit_tables(value, lambda role, table: visit(f".{role}", table))
             elif isinstance(value, Tensor) and value.is_floating_point():
                 if key in {"cos", "sin"}:
                     new = visit(f".{key}", value)
@@ -285,12 +295,26 @@ def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
     """
     logits = visit(router, routing.logits)
     weights, experts = routing.weights, routing.experts
-    effective = torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, experts, weights)
-    seen = visit(router.rpartition(".")[0] + EXPERTS, effective)
+    effective = routing.scores
+    seen = visit(choice_of(router), effective)
     if seen is not effective:
         most = int((seen != 0).sum(-1).max())
         weights, experts = seen.topk(max(1, most))
     return Routing(logits, weights, experts)
+
+
+def choice_of(router: str) -> str:
+    """`model.layers.0.mlp.gate` to `model.layers.0.mlp#experts`."""
+    return router.rpartition(".")[0] + EXPERTS
+
+
+def visit_tables(tables: Any, visit: Visit) -> Any:
+    """Visit rotary tables as `cos` and `sin`, whether they are a pair or one complex tensor."""
+    if isinstance(tables, Tensor):
+        cos, sin = tables.real.contiguous(), tables.imag.contiguous()
+        return torch.complex(visit("cos", cos), visit("sin", sin))
+    cos, sin = tables
+    return visit("cos", cos), visit("sin", sin)
 
 
 class PortSide:
@@ -378,7 +402,6 @@ class PortSide:
 
 def _table_hook(prefix: str, suffix: str, visit: Visit) -> Callable[..., Any]:
     def after(_: nn.Module, __: tuple[Any, ...], tables: tuple[Tensor, Tensor]) -> Any:
-        cos, sin = tables
-        return visit(f"{prefix}cos{suffix}", cos), visit(f"{prefix}sin{suffix}", sin)
+        return visit_tables(tables, lambda role, table: visit(f"{prefix}{role}{suffix}", table))
 
     return after

@@ -122,12 +122,14 @@ class Truth:
 
     def _run_block(self, side: Side, name: str, call: Call, one: Recording, look: Look) -> None:
         """Have `look` see what every site within a block makes of the recorded inputs."""
-        past, taught = _TaughtCache(name, one.trace), _Upcasts()
+        past, taught = _TaughtCache(name, one.trace, one.num_past), _Upcasts()
 
         def visit(site: str, tensor: Tensor) -> Tensor:
             look(site, tensor)
             recorded = one.trace.get(site)
-            return tensor if recorded is None else taught.of(recorded)
+            wide = tensor if recorded is None else taught.of(recorded)
+            # What a block returns as it got it, another may add to in place.
+            return wide.clone() if wide is tensor and ":in" not in site else wide
 
         def given(key: str, value: Any) -> Any:
             is_cache = hasattr(value, "update") or (key == "past_key_values" and value is not None)
@@ -178,14 +180,22 @@ class _Within:
 
 
 class _TaughtCache:
-    """Stands in for either side's cache: gives back the recorded past, followed by what is new."""
+    """Stands in for either side's cache: gives back the recorded past, followed by what is new.
 
-    def __init__(self, block: str, trace: Trace) -> None:
+    Also for where a side keeps what a layer shows to later ones that have no keys of their own: a
+    mapping, or our `SharedKeys`. What such a layer reads is all recorded.
+    """
+
+    def __init__(self, block: str, trace: Trace, num_past: int) -> None:
+        self._num_past = num_past
         # Upcast before casts are watched: it is not the model that does it.
         self._key, self._value = (
             None if (held := trace.get(f"{block}.self_attn#{role}")) is None else held.double()
             for role in QKV[1:]
         )
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self._num_past
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         assert self._key is not None, "a layer with a cache has keys"
@@ -195,6 +205,17 @@ class _TaughtCache:
             torch.cat((self._key[:, :, :past], key), 2),
             torch.cat((self._value[:, :, :past], value), 2),
         )
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        assert self._key is not None, "a layer that shares keys has seen them"
+        assert self._value is not None, "a layer that shares values has seen them"
+        return self._key, self._value
+
+    def __getitem__(self, _: Any) -> tuple[Tensor, Tensor]:
+        return self.shown()
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        """What is shown to later layers is theirs to be given."""
 
 
 class _Upcasts:

@@ -23,6 +23,8 @@ class Mask:
     ahead: int = 0
     """How many of the tokens after itself; -1: not even itself."""
     padding: bool = True
+    chunk: int | None = None
+    """Only those of the query's own chunk of so many tokens."""
     held: int = 0
     """How many keys a sliding cache holds beyond the window less one."""
 
@@ -36,9 +38,20 @@ class Mask:
         if self.window is not None:
             seen &= keys > queries - self.window - (max(self.held, 0) if past else 0)
         seen = seen[None, None]
+        if self.chunk is not None:
+            seen = seen & self._own_chunk(scene, num_keys)
         if self.padding and one.attention_mask is not None:
             seen = seen & one.attention_mask[:, None, None, -num_keys:].bool()
         return seen
+
+    def _own_chunk(self, scene: Scene, num_keys: int) -> Tensor:
+        """Chunks are counted from a row's first real token."""
+        one = scene.one
+        places = torch.arange(scene.past + one.num_tokens, device=one.input_ids.device)[None]
+        if one.attention_mask is not None and self.padding:
+            places = places - (one.attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
+        chunks = places // (self.chunk or 1)
+        return chunks[:, None, -one.num_tokens :, None] == chunks[:, None, None, -num_keys:]
 
 
 @dataclass(frozen=True)
@@ -151,6 +164,8 @@ def masks(scene: Scene, site: str) -> Iterator[Mask]:
     yield Mask(window)
     if window is not None:
         yield Mask(None)
+    if isinstance(chunk := getattr(scene.facts.config, "attention_chunk_size", None), int):
+        yield Mask(chunk, chunk=chunk)
 
 
 def kernels(scene: Scene, site: str) -> Iterator[Kernel]:

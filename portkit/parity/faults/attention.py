@@ -27,6 +27,13 @@ def _of_hidden(kernel: Kernel, place: Place) -> Iterable[Kernel]:
     return _scales(kernel, place, (config.hidden_size / config.num_attention_heads) ** -0.5)
 
 
+def _scaled_too(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    """The kernel's scale on the query as well; or its root on query and key."""
+    own = place.recipe(f"{place.facts.attention(place.site)}#context")
+    if isinstance(own, Kernel):
+        yield from (replace(rotation, scale=one) for one in (own.scale, own.scale**0.5))
+
+
 def _norm_missing(letter: str) -> Edit:
     def edit(rotation: Rotation, place: Place) -> Iterator[Rotation]:
         if rotation.source.endswith(f".{letter}_norm"):
@@ -147,19 +154,24 @@ FAULTS = (
         "attention.scale_twice",
         "scales the attention scores twice",
         "torch's kernel scales by itself: do not scale the query too, or pass scale=1",
-        on(Kernel, lambda kernel, place: _scales(kernel, place, kernel.scale**2)),
+        either(
+            on(Kernel, lambda kernel, place: _scales(kernel, place, kernel.scale**2)),
+            on(Rotation, _scaled_too),
+        ),
     ),
     Fault(
         "attention.q_norm_missing",
         "does not normalise the query",
         "apply `q_norm` to each head's query before the rotation",
         _norm_missing("q"),
+        leaves_out=True,
     ),
     Fault(
         "attention.k_norm_missing",
         "does not normalise the key",
         "apply `k_norm` to each head's key before the rotation",
         _norm_missing("k"),
+        leaves_out=True,
     ),
     Fault(
         "attention.qk_norms_swapped",

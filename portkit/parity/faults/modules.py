@@ -6,7 +6,7 @@ Each is the formula of a paper, with what implementations differ in as fields.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ EPSILONS = ("variance_epsilon", "eps", "epsilon")
 class Norm:
     """A root-mean-square norm of the last dimension, from a module's recorded input."""
 
-    weight: str
-    """Whose weight, as a parameter's name."""
+    weight: str | None
+    """Whose weight, as a parameter's name; None: it has none."""
     eps: float
     offset: float = 0.0
     """Added to the weight."""
@@ -48,6 +48,8 @@ class Norm:
 
     def of(self, scene: Scene, x: Tensor) -> Tensor | None:
         """Of any tensor whose last dimension is the norm's."""
+        if self.weight is None:
+            return x if self.missing else self._normalised(x).to(x.dtype)
         weight = scene.parameter(self.weight)
         if weight is None or weight.shape[0] != x.shape[-1]:
             return None
@@ -55,13 +57,29 @@ class Norm:
             x = self._once(x, weight)
         return x
 
-    def _once(self, x: Tensor, weight: Tensor) -> Tensor:
+    def fitted(self, x: Tensor, port: Tensor, reference: Tensor) -> Norm | None:
+        """The same with the epsilon that a port must have, from rows of input and outputs.
+
+        A row's outputs are as x * rsqrt(ms + eps), so their ratio tells the port's epsilon.
+        """
+        x, port, reference = (one.double() for one in (x, port, reference))
+        power = x.pow(2).mean(-1)
+        ratio = (port * reference).sum(-1) / reference.pow(2).sum(-1)
+        eps = float(((power + self.eps) / ratio.pow(2) - power).median())
+        return replace(self, eps=float(f"{eps:.6g}")) if eps > 0 else None
+
+    def _normalised(self, x: Tensor) -> Tensor:
         h = x.float() if self.upcast else x
         if self.centred:
             h = h - h.mean(-1, keepdim=True)
         squares = h.pow(2)
         power = squares.sum(-1, keepdim=True) if self.summed else squares.mean(-1, keepdim=True)
-        h = h / (power.sqrt() + self.eps) if self.eps_outside else h * torch.rsqrt(power + self.eps)
+        if self.eps_outside:
+            return h / (power.sqrt() + self.eps)
+        return h * torch.rsqrt(power + self.eps)
+
+    def _once(self, x: Tensor, weight: Tensor) -> Tensor:
+        h = self._normalised(x)
         if self.casts_first:
             return (weight if not self.offset else self.offset + weight) * h.to(x.dtype)
         if self.rounded_offset:

@@ -45,6 +45,8 @@ class Tables:
     """No rotation at all: cos 1, sin 0."""
     paired: bool = False
     """Laid out for adjacent channels."""
+    polar: bool = False
+    """One angle a pair of channels, as a complex number; not rounded but where a fault says so."""
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
         name = site.replace(":in.", "#")  # a module is given a table under its role
@@ -69,6 +71,14 @@ class Tables:
         else:
             angles = positions.to(frequencies.dtype) * frequencies
             angles = angles.to(low) if self.low_angles else angles
+        if self.polar:
+            angles = angles.float()
+            turned = torch.polar(torch.ones_like(angles), angles) * scaling
+            cos, sin = turned.real.contiguous(), turned.imag.contiguous() * self.sign
+            if self.still:
+                cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+            wide = cos.dtype
+            return (cos.to(low).to(wide), sin.to(low).to(wide)) if self.rounded else (cos, sin)
         pairs = angles.repeat_interleave(2, -1)
         doubled = pairs if self.paired else torch.cat((angles, angles), -1)
         cos, sin = doubled.cos() * scaling, doubled.sin() * scaling * self.sign
@@ -112,7 +122,7 @@ class Rotation:
     heads: int
     style: str = "half"
     """half: channel i with i + d/2; pairs: with its neighbour, kept in place; parted: its
-    neighbour, the two halves then side by side; none."""
+    neighbour, the two halves then side by side; polar: its neighbour, as a complex number; none."""
     upcast: bool = False
     sign: float = 1.0
     tables: Tables | None = None
@@ -121,6 +131,10 @@ class Rotation:
     """Normalise what was rotated."""
     other_norm: Norm | None = None
     """Normalise the source first, by this."""
+    temperature: tuple[int, float] | None = None
+    """Multiplied by 1 + scale * log(1 + floor(tokens / floor)): floor and scale."""
+    scale: float = 1.0
+    """Multiplied after the rotation."""
     past: str = "held"
     """held, unrotated, stale, shifted, early, late: what a cache gives back of the past."""
 
@@ -137,6 +151,10 @@ class Rotation:
             if normed is None:
                 return None
             new = normed
+        if self.temperature is not None:
+            new = tempered(scene, new, *self.temperature)
+        if self.scale != 1.0:
+            new = new * self.scale
         if site.endswith("#query"):
             return new
         return with_past(scene, site, new, self)
@@ -150,6 +168,15 @@ class Rotation:
         """(batch, heads, tokens, head_dim), by this recipe's form."""
         dtype, half = x.dtype, x.shape[-1] // 2
         cos, sin = cos[:, None], sin[:, None] * self.sign
+        if self.style == "polar":
+            if cos.shape[-1] != half:
+                return x  # not made for it
+            paired = x.float().contiguous().view(*x.shape[:-1], half, 2)
+            numbers = torch.view_as_complex(paired)
+            turned = torch.view_as_real(numbers * torch.complex(cos.float(), sin.float()))
+            return turned.flatten(-2).to(dtype)
+        if cos.shape[-1] == half:  # of one angle a pair
+            cos, sin = (torch.cat((one, one), -1).to(dtype) for one in (cos, sin))
         if self.upcast:
             x, cos, sin = x.float(), cos.float(), sin.float()
         if self.style == "half":
@@ -162,6 +189,14 @@ class Rotation:
         parted = torch.cat((x[..., ::2], x[..., 1::2]), -1)
         turned = torch.cat((-parted[..., half:], parted[..., :half]), -1)
         return (parted * cos + turned * sin).to(dtype)
+
+
+def tempered(scene: Scene, x: Tensor, floor: int, scale: float) -> Tensor:
+    """Queries (batch, heads, tokens, head_dim) by how many tokens stand before them."""
+    end = scene.past + scene.one.num_tokens
+    count = torch.arange(scene.past, end, device=x.device).float() + 1.0
+    factors = torch.log1p(torch.floor(count / floor)) * scale + 1.0
+    return (x * factors[:, None]).to(x.dtype)
 
 
 def recorded_tables(scene: Scene, site: str) -> tuple[Tensor, Tensor] | None:
@@ -252,6 +287,13 @@ def rotations(scene: Scene, site: str) -> Iterator[Rotation]:
         for upcast in (False, True):
             yield Rotation(source, heads, style, upcast)
     yield Rotation(source, heads, "none")
+    yield Rotation(source, heads, "polar")
+    config = scene.facts.config
+    if isinstance(eps := getattr(config, "rms_norm_eps", None), float):
+        yield Rotation(source, heads, "polar", norm_after=Norm(None, eps))
+    floor, scale = (getattr(config, key, None) for key in ("floor_scale", "attn_scale"))
+    if isinstance(floor, int) and isinstance(scale, float):
+        yield Rotation(source, heads, "none", temperature=(floor, scale))
 
 
 def tables(scene: Scene, kind: str) -> Iterator[Tables]:
@@ -261,3 +303,4 @@ def tables(scene: Scene, kind: str) -> Iterator[Tables]:
         held = tuple(sorted(parameters.items()))
         yield Tables(kind, held)
         yield Tables(kind, held, paired=True)
+        yield Tables(kind, held, polar=True, rounded=False)

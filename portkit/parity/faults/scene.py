@@ -83,6 +83,8 @@ class Facts:
         config = copy.deepcopy(self.config)
         given = dict(parameters)
         config.rope_parameters = {**config.rope_parameters, kind: given} if kind else given
+        if "truncate" in given:  # which is read there alone
+            config.rope_parameters["truncate"] = given["truncate"]
         made: Any = type(module)(config)
         prefix = f"{kind}_" if kind else ""
         frequencies = getattr(made, f"{prefix}inv_freq").to(next(module.buffers()).device)
