@@ -27,6 +27,7 @@ from portkit.architecture import Architecture, CausalLM, Site
 from portkit.config import ConfigReader, check_heads
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
+from portkit.nn.embedding import ScaledEmbedding
 from portkit.nn.mlp import GatedMLP, gelu_tanh
 from portkit.nn.norms import UnitOffsetRMSNorm
 from portkit.nn.rope import RopeParameters, RotaryEmbedding, rotate
@@ -128,22 +129,6 @@ def read_multimodal_config(reader: ConfigReader) -> Gemma3Config:
     return replace(config, tie_word_embeddings=tie_word_embeddings)
 
 
-class ScaledEmbedding(nn.Embedding):
-    """An embedding times sqrt(size), the factor rounded to the weight's dtype (25.25 at 640)."""
-
-    embed_scale: Tensor
-
-    def __init__(self, num_embeddings: int, size: int) -> None:
-        super().__init__(num_embeddings, size)
-        # On the CPU whatever the default device: a constant, which loading casts and places.
-        scale = torch.tensor(size**0.5, device="cpu")
-        self.register_buffer("embed_scale", scale, persistent=False)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        # A tensor, not a Python number: that would multiply in float32 and differ by an ulp.
-        return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, config: Gemma3Config, kernel: str) -> None:
         super().__init__()
@@ -198,7 +183,8 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Gemma3Config, kernel: str) -> None:
         super().__init__()
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size)
+        size = config.hidden_size
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, size, size**0.5)
         self.layer_types = config.layer_types
         self.windows = {FULL: None, SLIDING: config.sliding_window}
         self.rotary_emb = nn.ModuleDict(

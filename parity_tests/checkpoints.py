@@ -8,11 +8,13 @@ vocabulary. Intermediate sizes stay multiples of 32.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 VOCABULARY = 509
 _SHARED = {
@@ -73,6 +75,35 @@ def _cohere2(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2}
     windows = {"sliding_window": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
     return Tiny("Cohere2", {**_SHARED, **heads, **windows, "head_dim": 40, **config})
+
+
+def _gemma3n(**config: Any) -> Tiny:
+    """Twelve layers, of which five share keys; streams, sparse layers, tokens beyond the table."""
+    sizes = {
+        "vocab_size_per_layer_input": 401,
+        "hidden_size": 72,
+        "hidden_size_per_layer_input": 24,
+        "intermediate_size": [64, 96, 128] * 4,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 40,
+        "laurel_rank": 24,
+        "altup_num_inputs": 3,
+    }
+    layers = {
+        "sliding_window": 24,
+        "num_kv_shared_layers": 5,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 4,
+        "activation_sparsity_pattern": [0.9, 0.0, 0.6] + [0.0] * 9,
+    }
+    return Tiny("Gemma3n", {**_SHARED, **sizes, **layers, **config})
+
+
+def _smollm3(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    return Tiny("SmolLM3", {**_SHARED, **heads, **ids, "rope_theta": 5e6, **config})
 
 
 TINY: dict[str, Tiny] = {
@@ -143,6 +174,29 @@ TINY: dict[str, Tiny] = {
         num_attention_heads=4,
         num_hidden_layers=12,
     ),
+    "smollm3": _smollm3(),
+    "smollm3 sliding": _smollm3(
+        num_hidden_layers=5,
+        no_rope_layers=[1, 0, 1, 1, 0],
+        use_sliding_window=True,
+        sliding_window=24,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "gemma3n": _gemma3n(),
+    "gemma3n plain": _gemma3n(
+        hidden_size=320,
+        num_hidden_layers=4,
+        intermediate_size=96,
+        num_kv_shared_layers=0,
+        num_key_value_heads=4,
+        layer_types=["full_attention", "sliding_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+        altup_num_inputs=2,
+        altup_active_idx=1,
+        final_logit_softcapping=3.0,
+    ),
     "cohere2": _cohere2(num_hidden_layers=12),
     "cohere2 with biases": _cohere2(
         attention_bias=True,
@@ -158,9 +212,11 @@ def save_tiny(tiny: Tiny, folder: Path, dtype: torch.dtype, seed: int = 0) -> No
     """Write a checkpoint of random weights as the reference's own `save_pretrained` does."""
     import transformers
 
-    config_class = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}.get(
-        tiny.family, f"{tiny.family}Config"
-    )
+    config_class = {
+        "Gemma3": "Gemma3TextConfig",
+        "Gemma3n": "Gemma3nTextConfig",
+        "Llama4": "Llama4TextConfig",
+    }.get(tiny.family, f"{tiny.family}Config")
     config = getattr(transformers, config_class)(**tiny.config)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{tiny.family}ForCausalLM")(config)
@@ -198,10 +254,53 @@ def save_tiny_multimodal(
     model.to(dtype).save_pretrained(folder)
 
 
+def save_tiny_with_towers(folder: Path, dtype: torch.dtype) -> None:
+    """A Gemma 3n checkpoint as it is released: towers around the language model, their own config.
+
+    The reference's class for it needs a package that is not installed here, so that the text model
+    is written by the reference and the rest put around it: names, prefixes, keys of shared layers.
+    """
+    tiny = TINY["gemma3n"]
+    save_tiny(tiny, folder, dtype)
+    (written,) = folder.glob("*.safetensors")
+    tensors = load_file(written)
+    released = {
+        f"model.language_model.{name.removeprefix('model.')}": tensor
+        for name, tensor in tensors.items()
+    }
+    for layer in (7, 11):  # of layers that share keys; nobody reads them
+        attention = f"model.language_model.layers.{layer}.self_attn"
+        for part in ("k_proj", "v_proj"):
+            released[f"{attention}.{part}.weight"] = torch.ones(80, 72, dtype=dtype)
+        released[f"{attention}.k_norm.weight"] = torch.ones(40, dtype=dtype)
+    for tower in (
+        "vision_tower.timm_model.x",
+        "audio_tower.conv",
+        "embed_vision.y",
+        "embed_audio.z",
+    ):
+        released[f"model.{tower}.weight"] = torch.ones(3, 5, dtype=dtype)
+    save_file(released, written, metadata={"format": "pt"})
+    text = json.loads((folder / "config.json").read_text())
+    word = text.pop("dtype")
+    config = {
+        "architectures": ["Gemma3nForConditionalGeneration"],
+        "model_type": "gemma3n",
+        "text_config": {**text, "architectures": None},
+        "vision_config": {"model_type": "gemma3n_vision", "architecture": "mobilenetv5_300m_enc"},
+        "audio_config": {"model_type": "gemma3n_audio"},
+        "audio_soft_tokens_per_image": 188,
+        "vision_soft_tokens_per_image": 256,
+        **{f"{kind}_token_id": 300 for kind in ("image", "audio", "boi", "eoi", "boa", "eoa")},
+        "dtype": word,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def randomise(model: torch.nn.Module) -> None:
     """Norm weights and biases away from the ones and zeros that hide mistakes."""
     for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
+        if "norm" in name or parameter.dim() == 1:
             parameter.data.normal_(0.4, 0.4)
         else:
             parameter.data.mul_(2.0)

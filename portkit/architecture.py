@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,11 +87,25 @@ class Site:
     """A named tensor that is observed on both sides of a comparison.
 
     `name` is a template in the weight map's language: a module of the text-only reference, whose
-    output is meant, or a functional point behind `#`. `dims` names the tensor's dimensions.
+    output is meant, or a functional point behind `#`. `dims` names the tensor's dimensions,
+    `inputs` those of a module's inputs: by default `batch position channel`, or for a norm, which
+    takes what it gives, `dims`.
     """
 
     name: str
     dims: str
+    inputs: str | None = None
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """How smaller models lie within a larger one of a family (MatFormer, arXiv:2310.07707)."""
+
+    config: Callable[[ConfigReader, Sequence[int], Sequence[int]], dict[str, Any]]
+    """The text model's config, the widths of the layers that are kept, and their numbers, to the
+    smaller model's config. Raises `InvalidConfig` where a layer needs one that is not kept."""
+    by_layer: Mapping[str, int]
+    """Parameters that hold a block for each layer, and along which dimension."""
 
 
 @dataclass(frozen=True)
@@ -107,3 +121,4 @@ class Architecture:
     sites: tuple[Site, ...]
     text_config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     """`config.json` as the text model alone has it: what an export writes."""
+    nesting: Nesting | None = None

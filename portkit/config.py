@@ -144,14 +144,39 @@ class ConfigReader:
         value = self._value(key)
         if value is None:
             return None
-        if not isinstance(value, list) or len(value) != length:
-            raise self._wrong(key, value, f"a list of {length}, one for each layer")
+        self._each(key, value, length)
         for word in value:
             if word not in allowed:
                 raise UnsupportedConfig(
                     f"{self.where}: {key} holds {word!r}; supported: {', '.join(allowed)}"
                 )
         return tuple(value)
+
+    def sizes(self, key: str, length: int) -> tuple[int, ...]:
+        """A size for each of `length` layers: a list of so many, or one integer for all."""
+        value = self._value(key)
+        if not isinstance(value, list):
+            return (self.size(key),) * length
+        return tuple(map(self._each(key, value, length).size, map(str, range(length))))
+
+    def fractions(self, key: str, length: int) -> tuple[float, ...] | None:
+        """A list of `length` numbers from 0 up to 1, without it; None where absent or null."""
+        value = self._value(key)
+        if value is None:
+            return None
+        self._each(key, value, length)
+        for one in value:
+            if isinstance(one, bool) or not isinstance(one, int | float) or not 0 <= one < 1:
+                raise self._wrong(f"each of {key}", one, "a number from 0 up to, without, 1")
+        return tuple(map(float, value))
+
+    def _each(self, key: str, value: Any, length: int) -> ConfigReader:
+        """A reader of a list's elements, whose keys are their places."""
+        if not isinstance(value, list) or len(value) != length:
+            raise self._wrong(key, value, f"a list of {length}, one for each layer")
+        return ConfigReader(
+            dict(zip(map(str, range(length)), value, strict=True)), f"{self.where}, {key}"
+        )
 
     def layers(self, key: str, num_layers: int) -> frozenset[int] | None:
         """A list of layers by number, or None where the key is absent or null."""

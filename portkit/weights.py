@@ -238,7 +238,6 @@ class WeightMap:
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         on_disk = self._canonical_names(header)
-        dropped = self._dropped(on_disk)
         ties = self._ties(parameters)
         claims, missing = [], []
         for name, parameter in parameters.items():
@@ -255,6 +254,8 @@ class WeightMap:
                 shapes = rule.source_shapes(shape, [header[source] for source in sources])
                 claims.append(Claim(rule, name, shape, sources, canonical, shapes))
         read = {source for claim in claims for source in claim.sources}
+        # What a parameter claims is no leftover: a rule may drop what only some layers have.
+        dropped = tuple(one for one in self._dropped(on_disk) if one.source not in read)
         tied = tuple(
             Tied(name, to, copy if (copy := on_disk.get(name)) not in read else None)
             for name, to in ties.items()

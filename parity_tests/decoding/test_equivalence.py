@@ -35,7 +35,16 @@ NUM_DECODED = 30
 SLOWER = {"llama3", "llama linear", "qwen3", "gemma3 shallow"}
 """Left out: nothing in them that the others do not have."""
 NAMES = [name for name in TINY if name not in SLOWER and "moe" not in name and "llama4" not in name]
-WRAPPING = {"qwen3 yarn sliding", "gemma3", "gemma3 scaled", "cohere2", "cohere2 with biases"}
+WRAPPING = {
+    "qwen3 yarn sliding",
+    "gemma3",
+    "gemma3 scaled",
+    "cohere2",
+    "cohere2 with biases",
+    "gemma3n",
+    "gemma3n plain",
+    "smollm3 sliding",
+}
 SAME_HEADS = {"llama plain heads", "llama wide heads"}
 """Heads that torch's kernel does not group: as many keys as queries, or too wide."""
 

@@ -41,6 +41,11 @@ class Asked(ConfigReader):
             self.required[self._section + key] = "an integer"
         return super().size(key, *default, **bounds)
 
+    def sizes(self, key: str, length: int) -> tuple[int, ...]:
+        found = super().sizes(key, length)
+        self.required[self._section + key] = "a size for each layer"
+        return found
+
     def number(self, key: str, *default: Any) -> Any:
         if not default:
             self.required[self._section + key] = "a number"
@@ -61,6 +66,11 @@ def required_fields(model_type: str) -> dict[str, str]:
 WRONG: dict[str, dict[str, tuple[object, ...]]] = {
     "an integer": {
         "must be an integer": ("24", 24.0, True, [24], {}),
+        "must be between": (0, -1, 2**40, 10**400),
+    },
+    "a size for each layer": {
+        "must be an integer": ("24", 24.0, True, {}),
+        "must be a list of 2": ([24], [24, 24, 24]),
         "must be between": (0, -1, 2**40, 10**400),
     },
     "a number": {
@@ -228,6 +238,72 @@ CONFIG_VALUES = [
         config({"layer_types": ["sliding_attention"] * 2}),
         ("layer_types", "sliding", "use_sliding_window is false"),
         base="qwen3",
+    ),
+    Case(
+        "rotating layers that are not counted",
+        config({"no_rope_layers": [1]}),
+        ("no_rope_layers must be a list of 2", "[1]"),
+        base="smollm3",
+    ),
+    Case(
+        "sliding layers without a window",
+        config({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": None}),
+        ("layer_types names sliding layers", "sliding_window is null"),
+        base="smollm3",
+    ),
+    Case(
+        "more layers share keys than there are",
+        config({"num_kv_shared_layers": 2}),
+        ("num_kv_shared_layers 2 leaves none", "num_hidden_layers 2"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "a layer shares keys that no layer has",
+        config({"num_kv_shared_layers": 1, "layer_types": ["full_attention", "sliding_attention"]}),
+        ("layer_types", "sliding_attention layer shares keys", "first 1 layers"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "too few widths",
+        config({"intermediate_size": [32]}),
+        ("intermediate_size must be a list of 2, one for each layer", "[32]"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "a width that is none",
+        config({"intermediate_size": [32, "32"]}),
+        ("intermediate_size", "1 must be an integer", "not '32'"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "too few sparsities",
+        config({"activation_sparsity_pattern": [0.5] * 3}),
+        ("activation_sparsity_pattern must be a list of 2", "one for each layer"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "everything sparse",
+        config({"activation_sparsity_pattern": [0.5, 1.0]}),
+        ("each of activation_sparsity_pattern", "up to, without, 1", "not 1.0"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "no such stream",
+        config({"altup_active_idx": 4}),
+        ("altup_active_idx 4", "altup_num_inputs 4", "count from 0"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "a padding token without a row",
+        config({"pad_token_id": 29}),
+        ("pad_token_id 29 has no row", "31", "29 tokens"),
+        base="gemma3n_text",
+    ),
+    Case(
+        "quantised model of several streams",
+        config({"quantization_config": {"quant_method": "awq"}}),
+        ("quantization_config", "awq", "take the unquantised repository"),
+        base="gemma3n_text",
     ),
     Case(
         "more experts chosen than there are",

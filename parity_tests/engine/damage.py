@@ -90,6 +90,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
     "cohere2": {"model_type": "cohere2", **_SIZES, "sliding_window": 8, "attention_bias": True},
+    "smollm3": {"model_type": "smollm3", **_SIZES},
+    "gemma3n_text": {
+        "model_type": "gemma3n_text",
+        **_SIZES,
+        "sliding_window": 8,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 29,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+    },
     "llama4_text": {"model_type": "llama4_text", **_CHOOSING},
     "llama4": {
         "model_type": "llama4",

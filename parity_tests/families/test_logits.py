@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity_tests.checkpoints import TINY, save_tiny_multimodal
+from parity_tests.checkpoints import TINY, save_tiny_multimodal, save_tiny_with_towers
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
 from portkit.parity.logits import compare_logits, run_all
@@ -46,6 +46,18 @@ def test_the_language_model_of_a_multimodal_checkpoint_is_exact(
 ) -> None:
     save_tiny_multimodal(tmp_path, dtype, family=family)
     assert unequal_passes(tmp_path, dtype, "sdpa") == []
+
+
+def test_so_is_that_of_one_whose_towers_need_packages_that_are_not_here(tmp_path: Path) -> None:
+    save_tiny_with_towers(tmp_path, torch.bfloat16)
+    assert unequal_passes(tmp_path, torch.bfloat16, "sdpa") == []
+    dropped = load(tmp_path).report.dropped
+    towers = [one.source for one in dropped if "towers" in one.because]
+    shared = [one.source for one in dropped if "keys and values" in one.because]
+    assert [len(towers), len(shared), len(dropped)] == [4, 6, 10]
+    (note,) = load_reference(tmp_path, torch.bfloat16).notes
+    assert "text model by itself, Gemma3nForCausalLM" in note
+    assert "4 of their tensors" in note
 
 
 def test_a_released_config_that_the_reference_rejects_is_exact(tmp_path: Path) -> None:

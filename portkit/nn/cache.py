@@ -1,4 +1,4 @@
-"""Key-value caches of the readable path: keys in position order, one layer cache a layer.
+"""Key-value caches of the readable path: keys in position order, one cache a layer that has keys.
 
 A forward pass *shows* new keys to the cache and reads back what is visible; only `advance`, called
 by whoever runs the model, makes them part of it. The same step can so be run again. Buffers are
@@ -84,6 +84,25 @@ class ChunkedCache(SlidingCache):
 
     A chunk's first token sees itself alone, whatever is held: the mask says which are visible.
     """
+
+
+class SharedKeys:
+    """What a layer shows to later ones that have no keys of their own, in one forward pass.
+
+    Such layers have no cache: `Cache.layers` are those of the layers that do.
+    """
+
+    def __init__(self) -> None:
+        self._shown: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor) -> None:
+        """Show all keys and values that the layer saw, (batch, kv_heads, keys, head_dim)."""
+        self._shown = keys, values
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """Those of the last layer that showed any."""
+        assert self._shown is not None, "an earlier layer has keys"
+        return self._shown
 
 
 LayerCache = FullCache | SlidingCache

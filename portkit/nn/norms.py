@@ -43,6 +43,33 @@ class UnitOffsetRMSNorm(nn.Module):
         return normed.to(hidden_states.dtype)
 
 
+class LateCastRMSNorm(nn.Module):
+    """`weight * x̂`, all of it in float32, the cast last: the weight as it is, no offset.
+
+    Shapes: (..., size) to (..., size).
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed = _normalise_by_power(hidden_states, self.eps) * self.weight.float()
+        return normed.to(hidden_states.dtype)
+
+
+class WeightlessRMSNorm(nn.Module):
+    """`L2Norm` by a power: equal values, another gradient. Shapes: (..., size) to the same."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _normalise_by_power(hidden_states, self.eps).to(hidden_states.dtype)
+
+
 class L2Norm(nn.Module):
     """`x * rsqrt(mean(x**2) + eps)` in float32 and cast back: an RMS norm without a weight."""
 
@@ -80,3 +107,9 @@ class CentredLayerNorm(nn.Module):
 def _normalise(x: Tensor, eps: float) -> Tensor:
     x = x.float()
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _normalise_by_power(x: Tensor, eps: float) -> Tensor:
+    # The same values as by rsqrt, another gradient: the reference of these norms takes a power.
+    x = x.float()
+    return x * torch.pow(x.pow(2).mean(-1, keepdim=True) + eps, -0.5)

@@ -79,7 +79,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     `cos` and `sin` are (batch, tokens, head_dim), the same for all heads.
     Two rounded products and a rounded sum in x's dtype: a fused multiply-add differs in bfloat16.
     """
-    cos, sin = cos[:, None], sin[:, None]
+    return _rotate(x, cos[:, None], sin[:, None])
+
+
+def rotate_by_token(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for (batch, tokens, heads, head_dim): equal values, a gradient laid out otherwise.
+
+    Where a norm stands before the rotation, that decides the last bit of the norm's gradient.
+    """
+    return _rotate(x, cos[:, :, None], sin[:, :, None])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     # The second half is taken first, as the reference does: the order decides how x's gradient is
     # laid out in memory, and so the order of the sum behind it, a norm's gradient.

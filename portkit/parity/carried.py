@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from portkit.parity.judge import CHANNEL_FACTOR, FLOOR_FACTOR, Judgement, Verdict, relative
-from portkit.parity.ledger import BLOCK, Distance, SiteAccount, difference, rows, squares_of
+from portkit.parity.ledger import (
+    BLOCK,
+    Distance,
+    SiteAccount,
+    difference,
+    rows,
+    same_shape,
+    squares_of,
+)
 from portkit.parity.probe import Pass
 from portkit.parity.trace_file import RecordedFloor, token_place
 
@@ -46,7 +54,7 @@ class CarriedErrors:
         kept = min(each.shape[place] for each in pair)
         self.shortened |= any(each.shape[place] > kept for each in pair)
         ours, theirs = (each.narrow(place, each.shape[place] - kept, kept) for each in pair)
-        if ours.shape[1:] != theirs.shape[1:]:
+        if not same_shape(dims, ours, theirs):
             self._misshapen(account, one, pair)
             return
         if ours.dtype != theirs.dtype:

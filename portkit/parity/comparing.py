@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from portkit.errors import PortError
-from portkit.parity.judge import judge
+from portkit.parity.diagnose import Cause, Diagnosis, is_observed
+from portkit.parity.judge import Verdict, judge
 from portkit.parity.kill import KillMatrix
 from portkit.parity.ledger import (
     LOGITS,
@@ -22,6 +23,7 @@ from portkit.parity.ledger import (
     difference,
     difference_as_loaded,
     rows,
+    same_shape,
     squares_of,
     token_dim,
 )
@@ -78,7 +80,15 @@ def compare(
         tuple(comparing.not_verified()),
         () if matrix is None else matrix.fates(),
         (*comparing.truth.notes, *comparing.unseen.widened),
+        causes=comparing.causes(),
     )
+
+
+def _in_order(trace: Trace) -> Iterator[str]:
+    """Sites as the reference runs; of its tables' layer types it makes a set, and so no order."""
+    tables = iter(sorted(name for name in trace if "#cos" in name or "#sin" in name))
+    for name in trace:
+        yield next(tables) if "#cos" in name or "#sin" in name else name
 
 
 def groups(probe: Probe) -> list[list[Pass]]:
@@ -117,6 +127,7 @@ class Comparing:
         self.truth = truth(port, reference, table, self.ledger)
         self.unseen = Unseen()
         self.matrix: KillMatrix | None = None
+        self.diagnosis = Diagnosis(reference, table, probe) if is_observed(reference) else None
         self._recordings: list[Recording] = []
         self._compares_logits = table.dims("lm_head") is not None
         self._reference_caches: dict[str, Any] = {}
@@ -124,6 +135,8 @@ class Comparing:
         self._taught_caches: dict[str, Any] = {}
         self._wrong_past: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         """What pass and site held, ours and theirs, where it was wrong: later passes inherit it."""
+        self._wrong_now: list[tuple[Tensor, Tensor]] = []
+        """The same of the pass that runs: layers that share another's keys inherit them."""
         self._continued = {one.continues for one in probe}
 
     @torch.no_grad()
@@ -146,6 +159,8 @@ class Comparing:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
             elif not torch.equal(ours, held):
                 account.unequal.append(difference_as_loaded(account, ours, held))
+                if self.diagnosis is not None:
+                    self.diagnosis.parameter(name, ours, held)
         self.unseen.parameters = len(self.ledger.sites), len(parameters_of(self.reference))
 
     def _observes(self, parameter: str) -> bool:
@@ -157,7 +172,23 @@ class Comparing:
     def judge(self) -> None:
         """Hold what was recorded since the last time against the truth, and let go of it."""
         self.truth.judge(self._recordings)
+        if self.diagnosis is not None:
+            for one in self._recordings:
+                self._diagnose(self.diagnosis, one)
         self._recordings.clear()
+
+    def _diagnose(self, diagnosis: Diagnosis, one: Recording) -> None:
+        for site, ours in (*one.unequal.items(), *one.misshapen.items(), *one.apart.items()):
+            if judge(self.ledger.site(site)).verdict is Verdict.diverged:
+                diagnosis.culprit(site, one.run, ours, exact=site in one.apart)
+        diagnosis.let_go(one.run)
+
+    def causes(self) -> dict[str, Cause]:
+        """Why each culprit differs; nothing where the reference is not one to be observed."""
+        if self.diagnosis is None:
+            return {}
+        judged = map(judge, self.ledger.sites.values())
+        return self.diagnosis.causes(one for one in judged if one.verdict is Verdict.diverged)
 
     @torch.no_grad()
     def run(self, one: Pass) -> None:
@@ -183,8 +214,10 @@ class Comparing:
     def hold(self, recording: Recording) -> None:
         """Run the port freely and taught over a pass that was recorded."""
         one, trace = recording.run, recording.trace
-        for name in () if self.is_partial else trace:
+        for name in () if self.is_partial else _in_order(trace):
             self.ledger.site(name)  # in the reference's order, also what the port has not
+        if self.diagnosis is not None:
+            self.diagnosis.recorded(one, trace)
         try:
             self._run_freely(recording)
             self._run_taught(recording)
@@ -211,7 +244,7 @@ class Comparing:
 
         def look(name: str, ours: Tensor, theirs: Tensor) -> None:
             account, ours = self.ledger.site(name), self._as_theirs(name, ours, theirs)
-            if ours.shape[1:] != theirs.shape[1:]:
+            if not same_shape(account.dims, ours, theirs):
                 account.carried.append(one.name)
             elif (found := difference(one, account.dims, ours, theirs)) is not None:
                 account.carried.append(one.name)
@@ -227,14 +260,16 @@ class Comparing:
 
     def _run_taught(self, recording: Recording) -> None:
         one, trace = recording.run, recording.trace
+        self._wrong_now.clear()
 
         def compare_one(name: str, ours: Tensor, theirs: Tensor) -> None:
             recording.seen.add(name)
             account, ours = self.ledger.site(name), self._as_theirs(name, ours, theirs)
-            if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
+            if not same_shape(account.dims, ours, theirs) or ours.dtype != theirs.dtype:
                 account.misshapen = account.misshapen or (
                     f"{list(ours.shape)} {ours.dtype} against {list(theirs.shape)} {theirs.dtype}"
                 )
+                recording.misshapen[name] = ours.clone()
                 return
             if any(name.endswith(f"#{role}") for role in QKV[1:]):
                 ours = self._without_inherited(one, name, ours, theirs)
@@ -275,8 +310,13 @@ class Comparing:
     def _without_inherited(self, one: Pass, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
         """Keys or values, those taken as right that were wrong already in the pass before.
 
-        They are told of there. A cached key that was right and is wrong now is this pass's.
+        They are told of there. A cached key that was right and is wrong now is this pass's. What
+        an earlier layer of this pass showed in the same way is told of at that layer.
         """
+        if any(torch.equal(ours, o) and torch.equal(theirs, t) for o, t in self._wrong_now):
+            return theirs
+        if not torch.equal(ours, theirs):
+            self._wrong_now.append((ours.clone(), theirs))
         before = self._wrong_past.pop((one.continues or "", name), None)
         if one.name in self._continued and not torch.equal(ours, theirs):
             self._wrong_past[one.name, name] = ours.clone(), theirs

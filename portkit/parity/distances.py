@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from portkit.parity.ledger import Ledger, rows, squares_of
+from portkit.parity.judge import SAME_FUNCTION
+from portkit.parity.ledger import Ledger, picked, rows, squares_of
 from portkit.parity.local import Recording
 from portkit.parity.routing import compared_tokens, logits_before
 from portkit.parity.sites import EXPERTS
@@ -91,6 +92,9 @@ class Distances:
         if not torch.equal(port, truth):
             gap = squares_of(ours - held)
             account.function_spread.add(ours - held)
+            if name not in one.unequal and channels is None:
+                apart = float(gap.sum()) > SAME_FUNCTION**2 * float(squares_of(held).sum())
+                one.apart.update({name: picked(ours)} if apart else {})
         width = one.trace[name].shape[-1] if channels else None
         account.function.add(gap, len(held), channels or slice(None), width)
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from portkit.errors import PortError, PortkitError, SiteError
+from portkit.parity.compiled import reachable
 from portkit.parity.pairs import Paired, SitePairs, near
 from portkit.parity.points import listening
 from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Pass
-from portkit.parity.sites import CannotRun, Roles, SiteTable, Visit, parameters_of, reachable
+from portkit.parity.sites import CannotRun, Roles, SiteTable, Visit, parameters_of
 
 ARGUMENTS = ("input_ids", "positions", "attention_mask", "cache")
 
@@ -223,6 +224,11 @@ class ForeignSide:
             for running in reversed(self._running):
                 if table.dims(running + name) is not None:
                     return running + name
+        if name[:1] in {"#", "."} and not self._running:
+            raise SiteError(
+                f"{self.origin} records {name!r} in no module that stands for one of the "
+                "reference's: pair that (--sites), or record the whole name"
+            )
         within = f" within {self._running[-1]}" if self._running else ""
         raise SiteError(
             f"{self.origin} records {name!r}{within}, and there is no such site"

@@ -98,6 +98,8 @@ def _verdict(
     another_function = function_error is not None and function_error > SAME_FUNCTION
     if site.exact and not another_function:
         return Verdict.exact, None
+    if site.truth_lacking:
+        return Verdict.inconclusive, None
     if another_function or local_error is None or floor is None:
         # Without a truth to hold it against (masks, final logits) only equal is right.
         return Verdict.diverged, "glue" if site.is_glue else "function"

@@ -37,7 +37,7 @@ _ROWS = 512
 
 
 @dataclass(frozen=True)
-class _Fed:
+class Fed:
     """How a pass is fed, as far as faults depend on it."""
 
     one: Pass
@@ -50,7 +50,7 @@ class _Fed:
         return self.past + self.one.num_tokens
 
 
-NEEDS: dict[str, tuple[str, Callable[[_Fed], bool]]] = {
+NEEDS: dict[str, tuple[str, Callable[[Fed], bool]]] = {
     "several tokens": ("several tokens", lambda fed: fed.one.num_tokens > 1),
     "window crossed": (
         "more tokens than the window",
@@ -258,7 +258,7 @@ class KillMatrix:
         if fault.id not in self._applied:
             return None
         window = min(self.facts.windows(), default=None)
-        fed = [_Fed(one, self.probe.past(one), window) for one in self.probe]
+        fed = [Fed(one, self.probe.past(one), window) for one in self.probe]
         for words, seen in (NEEDS[one] for one in fault.needs):
             if not any(map(seen, fed)):
                 return f"beyond this probe: it has no pass with {words}, as the default one has"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from portkit.parity.probe import Pass
-from portkit.parity.sites import QKV, SiteTable
+from portkit.parity.sites import AGAIN, QKV, SiteTable
 from portkit.parity.spread import Spread, TokenError, token_sums, worst_tokens
 
 NUM_WORST = 3
@@ -32,23 +32,48 @@ def token_dim(dims: str) -> int:
     return next(i for i, name in enumerate(dims.split()) if name in {"position", "query"})
 
 
+def batch_dim(dims: str) -> int:
+    """Which dimension counts rows of a batch."""
+    return dims.split().index("batch")
+
+
+def by_token(tensor: Tensor, dims: str, batch: int) -> Tensor:
+    """(batch, tokens, …), whatever comes first in `dims`.
+
+    Experts see all rows' tokens as one row, (batch x tokens, …).
+    """
+    if _in_one(tensor, dims):
+        return tensor.reshape(batch, -1, *tensor.shape[1:])
+    return tensor.movedim((batch_dim(dims), token_dim(dims)), (0, 1))
+
+
+def same_shape(dims: str, port: Tensor, reference: Tensor) -> bool:
+    """Equal but for the batch: masks and tables may be for all rows one."""
+    batch = 0 if _in_one(port, dims) else batch_dim(dims)
+    shapes = [(*one.shape[:batch], *one.shape[batch + 1 :]) for one in (port, reference)]
+    return shapes[0] == shapes[1]
+
+
 def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
     """(…) to (real tokens, channels): padding left out, heads and channels side by side.
 
     Keys and values reach back over the cache: their tokens are the last of past and new.
     """
     batch = len(one.input_ids)
-    moved = _by_row(tensor, dims, batch).movedim(token_dim(dims), 1)
+    moved = by_token(tensor, dims, batch)
     moved = moved.expand(batch, *moved.shape[1:])  # masks and tables may be for all rows one
     if one.attention_mask is None:
         return moved.reshape(moved.shape[0] * moved.shape[1], -1)
     return moved.flatten(2)[one.real_of_last(moved.shape[1])]
 
 
-def _by_row(tensor: Tensor, dims: str, batch: int) -> Tensor:
-    """Experts see all rows' tokens as one row: (batch x tokens, …) to (batch, tokens, …)."""
-    in_one = tensor.dim() == len(dims.split()) - 1
-    return tensor.reshape(batch, -1, *tensor.shape[1:]) if in_one else tensor
+def picked(found: Tensor) -> Tensor:
+    """At most 64 rows, spread evenly."""
+    return found[:: max(1, len(found) // 64)][:64]
+
+
+def _in_one(tensor: Tensor, dims: str) -> bool:
+    return tensor.dim() == len(dims.split()) - 1
 
 
 @dataclass
@@ -130,6 +155,8 @@ class SiteAccount:
     floors: defaultdict[str, Distance] = field(default_factory=lambda: defaultdict(Distance))
     """Reference to the truth, by attention kernel."""
     function_asked: bool = False
+    truth_lacking: bool = False
+    """No side could be run in float64: what is unequal here cannot be judged."""
     spread: Spread = field(default_factory=Spread)
     """Of the port's distances from the truth, or from the reference where there is no truth."""
     floor_spread: Spread = field(default_factory=Spread)
@@ -166,9 +193,8 @@ class Ledger:
             dims = _LOGITS_DIMS if name == LOGITS else self._table.dims(name)
             assert dims is not None, f"{name} is not declared"
             given_to_attention = any(name.endswith(f"#{role}") for role in (*QKV, "mask"))
-            is_glue = (
-                ":in" in name or given_to_attention or name == LOGITS or name in self._composite
-            )
+            composite = name.partition(AGAIN)[0] in self._composite
+            is_glue = ":in" in name or given_to_attention or name == LOGITS or composite
             self.sites[name] = SiteAccount(name, dims, is_glue)
         return self.sites[name]
 
@@ -182,7 +208,7 @@ class Ledger:
     def add_tokens(self, name: str, one: Pass, sums: Tensor, like: Tensor) -> None:
         """`token_sums` of one pass, where the site holds a tensor `like` this one."""
         account = self.sites[name]
-        moved = _by_row(like, account.dims, len(one.input_ids)).movedim(token_dim(account.dims), 1)
+        moved = by_token(like, account.dims, len(one.input_ids))
         account.inner = tuple(moved.shape[2:])
         account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, moved.shape[1])
 
@@ -231,21 +257,18 @@ def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRec
 
 def _worst(one: Pass, dims: str, port: Tensor, reference: Tensor, place: int) -> Worst:
     """The value at a place among the values of the real tokens."""
-    where = token_dim(dims)
-    port, reference = (_by_row(each, dims, len(one.input_ids)) for each in (port, reference))
-    moved = port.movedim(where, 1)
+    moved, theirs = (by_token(each, dims, len(one.input_ids)) for each in (port, reference))
     inner = tuple(moved.shape[2:])
     token, rest = divmod(place, max(1, math.prod(inner)))
     row, position = one.real_of_last(moved.shape[1]).nonzero()[token].tolist()
     at = (row if len(moved) > 1 else 0, position, *_within(inner, rest))
-    theirs = reference.movedim(where, 1)
     return Worst(row, position, said_place(dims, inner, rest), float(moved[at]), float(theirs[at]))
 
 
 def said_place(dims: str, inner: tuple[int, ...], place: int) -> str:
     """A place among the values of one token in words: `channel 17`, `head 1, channel 3`."""
-    where = token_dim(dims)
-    names = [n for i, n in enumerate(dims.split()) if i not in (0, where)]
+    first = batch_dim(dims), token_dim(dims)
+    names = [name for i, name in enumerate(dims.split()) if i not in first]
     index = _within(inner, place)
     return ", ".join(
         f"{n} {i}" for n, i in zip(names, index, strict=True) if n != "one" or len(names) == 1

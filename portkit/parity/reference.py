@@ -95,6 +95,12 @@ class Reference:
         """Parameters by the port's names, those that there are."""
         return by_name(parameters_of(self), names)
 
+    @property
+    def experts(self) -> str:
+        """The form in which its experts run, in its own word."""
+        model: Any = self.model
+        return str(model.get_experts_implementation()[""])
+
     @contextmanager
     def plain_experts(self) -> Iterator[None]:
         """Run experts in the form that takes float64: the grouped kernel refuses it."""
@@ -263,7 +269,7 @@ def load_reference(
     notes: list[str] = []
     try:
         with _accepted(Path(directory), notes) as folder:
-            model, report = _from_pretrained(folder, dtype, attention)
+            model, report = _from_pretrained(folder, dtype, attention, notes)
     except Exception as error:  # it raises many kinds, and its own message is what helps
         reason = " ".join(str(error).split())
         raise ReferenceUnavailable(f"the reference cannot load {directory}: {reason}") from error
@@ -287,19 +293,39 @@ def _is_beside(key: str, model: Any) -> bool:
     return is_text_of_more and key.partition(".")[0] not in ("language_model", "model", "lm_head")
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Any, Any]:
+def _from_pretrained(
+    folder: Path, dtype: torch.dtype, attention: str, notes: list[str]
+) -> tuple[Any, Any]:
+    """The model and what was loaded; of a multimodal one whose other parts need packages that are
+    not installed, the text model by its own class.
+    """
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
+    configs: Any = transformers.AutoConfig
     progress: Any = transformers.utils.logging
     progress.disable_progress_bar()
-    model, report = auto.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=attention,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "output_loading_info": True,
+        "local_files_only": True,
+    }
+    try:
+        model, report = auto.from_pretrained(folder, **options)
+    except ImportError:
+        whole = configs.from_pretrained(folder, local_files_only=True)
+        text = whole.get_text_config()
+        if text is whole:
+            raise
+        model, report = auto._model_mapping[type(text)].from_pretrained(
+            folder, config=text, **options
+        )
+        others = report.pop("unexpected_keys")
+        notes.append(
+            f"the reference is the text model by itself, {type(model).__name__}: the other parts "
+            f"need packages that are not installed ({len(others)} of their tensors were not read)"
+        )
     return model, report
 
 

@@ -13,6 +13,7 @@ from portkit.parity.judge import Judgement, Verdict
 from portkit.parity.ledger import SiteAccount
 
 if TYPE_CHECKING:
+    from portkit.parity.diagnose import Cause
     from portkit.parity.generation import GenerationParity
     from portkit.parity.gradients import GradientParity
     from portkit.parity.kill import Fate
@@ -42,6 +43,8 @@ class Comparison:
     fates: tuple[Fate, ...] = ()
     """What became of each fault of the catalogue that was tried."""
     notes: tuple[str, ...] = ()
+    causes: dict[str, Cause] = field(default_factory=dict)
+    """Why each culprit differs, as far as it is known."""
 
     @property
     def verdict(self) -> Verdict:

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from portkit.parity import detail, teeth
+from portkit.parity.diagnose import Cause
 from portkit.parity.gradients import GradientParity
 from portkit.parity.judge import Judgement, relative
 from portkit.parity.probe import as_json
@@ -71,7 +72,9 @@ def _gradients(result: ParityResult) -> dict[str, Any] | None:
 def _culprit(
     comparison: Comparison | GradientParity, one: Judgement, in_full: bool
 ) -> dict[str, Any]:
-    account = comparison.accounts[one.site]
+    account, cause = comparison.accounts[one.site], None
+    if isinstance(comparison, Comparison):
+        cause = comparison.causes.get(one.site)
     worst = [
         {"pass": record.name, **{k: _finite(v) for k, v in vars(value).items()}}
         for record in account.unequal
@@ -89,8 +92,23 @@ def _culprit(
         "function_error": _finite(one.function_error),
         "misshapen": account.misshapen,
         "worst": worst[:6],
-        "cause": None,
+        "cause": None if cause is None else _cause(cause),
         **(_all_finite(detail.as_json(account)) if in_full else dict.fromkeys(_DETAILS)),
+    }
+
+
+def _cause(cause: Cause) -> dict[str, Any]:
+    return {
+        "fault": cause.name,
+        "faults": [one.id for one in cause.faults],
+        "explains": cause.explains,
+        "alternatives": [
+            {"fault": name, "explains": explains} for name, explains in cause.alternatives
+        ],
+        "says": [one.says for one in cause.faults],
+        "mend": [one.mend for one in cause.faults],
+        "tendencies": list(cause.tendencies),
+        "sentence": cause.sentence,
     }
 
 

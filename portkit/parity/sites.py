@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -23,12 +24,15 @@ from torch import Tensor, nn
 from portkit.architecture import CausalLM, Site
 from portkit.nn.moe import Routing
 from portkit.nn.rope import RotaryEmbedding
+from portkit.parity.compiled import reachable
 from portkit.parity.probe import Pass
 from portkit.weights import Template
 
 Visit = Callable[[str, Tensor], Tensor]
 
 QKV = ("query", "key", "value")
+AGAIN = "@"
+"""`…router_norm@2` is the second call of a module in one pass, in order of execution."""
 EXPERTS = "#experts"
 
 
@@ -108,17 +112,6 @@ class Side(Watched, Protocol):
         ...
 
 
-def reachable(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by name; of compiled ones the outermost alone: hooks within would undo the fusion."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    compiled = [name for name, module in modules.items() if hasattr(module, "_orig_mod")]
-    return {
-        name: module
-        for name, module in modules.items()
-        if not any(name.startswith(f"{one}." if one else "_orig_mod") for one in compiled)
-    }
-
-
 def parameters_of(side: Watched) -> dict[str, nn.Parameter]:
     """A side's parameters by its sites' names, a tied one under each of its names."""
     return {
@@ -135,7 +128,7 @@ class SiteTable:
     """
 
     def __init__(self, sites: Iterable[Site], layers: range | None = None) -> None:
-        self._templates = [(Template(site.name), site.dims) for site in sites]
+        self._templates = [(Template(site.name), site) for site in sites]
         self._layers = layers
         self._known: dict[str, str | None] = {}
 
@@ -147,24 +140,27 @@ class SiteTable:
     def dims(self, name: str) -> str | None:
         """The dimensions of a site, None where it is not declared or not among the layers.
 
-        A norm's input has those of its output; all other inputs are `batch position channel`.
+        A module called again in a pass has those of its first call.
         """
         if name not in self._known:
-            base = name.partition(":")[0]
-            declared = next(
-                filter(None, (self._match(*one, base) for one in self._templates)), None
-            )
-            is_input = ":" in name and declared is not None and "norm" not in base
-            self._known[name] = "batch position channel" if is_input else declared
+            base, _, role = name.partition(":")
+            base = base.partition(AGAIN)[0]
+            site = next(filter(None, (self._match(*one, base) for one in self._templates)), None)
+            dims = None if site is None else site.dims
+            if site is not None and role == "in":
+                dims = site.inputs or (site.dims if "norm" in base else "batch position channel")
+            elif site is not None and role:  # a rotary table
+                dims = "batch position channel"
+            self._known[name] = dims
         return self._known[name]
 
-    def _match(self, template: Template, dims: str, name: str) -> str | None:
+    def _match(self, template: Template, site: Site, name: str) -> Site | None:
         places = template.match(name)
         if places is None:
             return None
         if self._layers is not None and int(places.get("layer", -1)) not in self._layers:
             return None
-        return dims
+        return site
 
 
 @contextmanager
@@ -185,13 +181,17 @@ def watching(side: Watched, table: SiteTable, visit: Visit) -> Iterator[None]:
 
 
 def _hooks(side: Watched, name: str, module: nn.Module, visit: Visit) -> list[Any]:
-    roles = Roles(module)
+    roles, called = Roles(module), count(1)
+    this = name
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return roles.visit(args, kwargs, lambda role, tensor: visit(f"{name}:in{role}", tensor))
+        nonlocal this
+        number = next(called)
+        this = name if number == 1 else f"{name}{AGAIN}{number}"
+        return roles.visit(args, kwargs, lambda role, tensor: visit(f"{this}:in{role}", tensor))
 
     def after(_: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> Any:
-        return side.visit_output(name, output, visit)
+        return side.visit_output(this, output, visit)
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from portkit.columns import table
+from portkit.parity.diagnose import Cause
 from portkit.parity.gradients import GradientParity
 from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict, relative
 from portkit.parity.ledger import Worst
@@ -94,6 +95,10 @@ def details(result: ParityResult) -> list[str]:
             continue
         first, others = comparison.culprits[0], len(comparison.culprits) - 1
         lines.append(f"first culprit in {comparison.dtype}: {first.site}")
+        cause = comparison.causes.get(first.site)
+        if cause is not None:
+            lines.append(f"  {cause.sentence}")
+            lines += [f"  {one}" for one in support(cause)]
         lines.append(f"  {first.kind}: {KINDS[first.kind or 'function']}{evidence(first)}")
         account = comparison.accounts[first.site]
         if account.misshapen:
@@ -108,6 +113,21 @@ def details(result: ParityResult) -> list[str]:
             named = ", ".join(one.site for one in comparison.culprits[1:4])
             lines.append(f"  and {others} more: {named}{', …' if others > 3 else ''}")
     return [*lines, *_gradient_details(result)]
+
+
+def support(cause: Cause) -> list[str]:
+    """What speaks for a cause: how much it explains, and what comes next."""
+    others = ", ".join(f"{name} {share(explains)}" for name, explains in cause.alternatives[:2])
+    if not cause.faults:
+        return [f"closest: {others}"] if others else []
+    names = " + ".join(one.id for one in cause.faults)
+    runner = f"; next: {others}" if others else ""
+    return [f"{names} explains {share(cause.explains)} of the difference{runner}"]
+
+
+def share(explains: float) -> str:
+    """`99.98 %`; all of it only where nothing is left."""
+    return "100 %" if explains >= 1 else f"{min(100 * explains, 99.9999):.6g} %"
 
 
 def caveats(result: ParityResult) -> list[str]:

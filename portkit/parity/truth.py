@@ -180,7 +180,11 @@ class _Within:
 
 
 class _TaughtCache:
-    """Stands in for either side's cache: gives back the recorded past, followed by what is new."""
+    """Stands in for either side's cache: gives back the recorded past, followed by what is new.
+
+    Also for where a side keeps what a layer shows to later ones that have no keys of their own: a
+    mapping, or our `SharedKeys`. What such a layer reads is all recorded.
+    """
 
     def __init__(self, block: str, trace: Trace, num_past: int) -> None:
         self._num_past = num_past
@@ -201,6 +205,17 @@ class _TaughtCache:
             torch.cat((self._key[:, :, :past], key), 2),
             torch.cat((self._value[:, :, :past], value), 2),
         )
+
+    def shown(self) -> tuple[Tensor, Tensor]:
+        assert self._key is not None, "a layer that shares keys has seen them"
+        assert self._value is not None, "a layer that shares values has seen them"
+        return self._key, self._value
+
+    def __getitem__(self, _: Any) -> tuple[Tensor, Tensor]:
+        return self.shown()
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        """What is shown to later layers is theirs to be given."""
 
 
 class _Upcasts:

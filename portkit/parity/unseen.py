@@ -60,6 +60,11 @@ class Unseen:
             more = f" and {len(passes) - _TOLD} more" if len(passes) > _TOLD else ""
             named = f"pass {', '.join(passes[:_TOLD])}{more}"
             yield NotVerified(named, reason, probe.is_complete)
+        if self._num_passes and min(map(len, (self.trace_sites, self.port_sites))) <= 1:
+            yield NotVerified(
+                "where errors are made",
+                "one side shows nothing but its logits: errors are carried there from the tokens",
+            )
         held, count = self.parameters
         if self._num_passes and held < count:
             yield NotVerified(

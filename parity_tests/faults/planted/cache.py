@@ -111,7 +111,7 @@ def keys_before_rotation(model: Model) -> str:
 
 
 def stale_after_chunk(model: Model) -> str:
-    """A layer forgets to store the newest key of a pass: the one before stands in its place."""
+    """A layer forgets to store a chunk's newest key: the one before stands in its place."""
     at, own = len(layers(model)) - 1, model.new_cache
 
     def new_cache(batch: int, length: int) -> Any:
@@ -123,7 +123,7 @@ def stale_after_chunk(model: Model) -> str:
             advance(num_tokens)
             keys = layer._held[0]
             end = layer._past if isinstance(layer, FullCache) else keys.shape[2]
-            if end > 1:
+            if num_tokens > 1:
                 keys[:, :, end - 1] = keys[:, :, end - 2]
 
         layer.advance = stale

@@ -8,9 +8,9 @@ are in the files beside, one a class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,10 +69,18 @@ def respell(module: nn.Module, **functions: Callable[..., Any]) -> None:
     """Have `module` run its own code, in which some names mean other functions."""
     own = getattr(module.forward, "__func__", None)
     assert isinstance(own, FunctionType), "what was rewritten as a whole has no names to respell"
-    assert functions.keys() <= {*own.__code__.co_names}, f"{own.__qualname__} has no such name"
+    assert functions.keys() <= {*_names(own.__code__)}, f"{own.__qualname__} has no such name"
     names = {**own.__globals__, **functions}
     respelt = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     module.forward = MethodType(respelt, module)  # type: ignore[method-assign]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """What a function calls by name, and what the functions within it do."""
+    yield from code.co_names
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            yield from _names(one)
 
 
 def hold(module: nn.Module, name: str, tensor: Tensor) -> None:

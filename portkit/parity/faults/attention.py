@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from portkit.parity.faults.attending import Kernel, Mask
@@ -25,6 +25,13 @@ def _of_head_dim(kernel: Kernel, place: Place) -> Iterable[Kernel]:
 def _of_hidden(kernel: Kernel, place: Place) -> Iterable[Kernel]:
     config = place.facts.config
     return _scales(kernel, place, (config.hidden_size / config.num_attention_heads) ** -0.5)
+
+
+def _scaled_too(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    """The kernel's scale on the query as well; or its root on query and key."""
+    own = place.recipe(f"{place.facts.attention(place.site)}#context")
+    if isinstance(own, Kernel):
+        yield from (replace(rotation, scale=one) for one in (own.scale, own.scale**0.5))
 
 
 def _norm_missing(letter: str) -> Edit:
@@ -102,6 +109,32 @@ def _shifted(mask: Mask, place: Place) -> Iterator[Mask]:
             yield replace(mask, window=place.facts.window(name))
 
 
+def _chunk(change: Callable[[int], int | None]) -> Edit:
+    """The mask of a layer that attends within chunks, of another length or of none."""
+
+    def mask(one: Mask, place: Place) -> Iterator[Mask]:
+        if one.chunk is not None:
+            yield replace(one, chunk=change(one.chunk))
+
+    return _masked(mask)
+
+
+def _not_tempered(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    if rotation.temperature is not None:
+        yield replace(rotation, temperature=None)
+
+
+def _cooler(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    if rotation.temperature is not None:
+        floor, scale = rotation.temperature
+        yield replace(rotation, temperature=(floor + 1, scale))
+
+
+def _norm_left_out(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    if rotation.norm_after is not None:
+        yield replace(rotation, norm_after=None)
+
+
 def _causal(by: int) -> Edit:
     return _masked(on(Mask, lambda one, _: (replace(one, ahead=one.ahead + by),)))
 
@@ -147,19 +180,24 @@ FAULTS = (
         "attention.scale_twice",
         "scales the attention scores twice",
         "torch's kernel scales by itself: do not scale the query too, or pass scale=1",
-        on(Kernel, lambda kernel, place: _scales(kernel, place, kernel.scale**2)),
+        either(
+            on(Kernel, lambda kernel, place: _scales(kernel, place, kernel.scale**2)),
+            on(Rotation, _scaled_too),
+        ),
     ),
     Fault(
         "attention.q_norm_missing",
         "does not normalise the query",
         "apply `q_norm` to each head's query before the rotation",
         _norm_missing("q"),
+        leaves_out=True,
     ),
     Fault(
         "attention.k_norm_missing",
         "does not normalise the key",
         "apply `k_norm` to each head's key before the rotation",
         _norm_missing("k"),
+        leaves_out=True,
     ),
     Fault(
         "attention.qk_norms_swapped",
@@ -245,5 +283,38 @@ FAULTS = (
         "rotates the values as well",
         "rotate query and key alone",
         on(Heads, _value_rotated),
+    ),
+    Fault(
+        "attention.chunk_as_window",
+        "slides a window over the past where this layer attends within chunks",
+        "a token sees those of its own chunk of `attention_chunk_size` alone",
+        _chunk(lambda _: None),
+        needs=("window decoded",),
+    ),
+    Fault(
+        "attention.chunk_plus_one",
+        "begins a chunk a token late",
+        "the chunk of a token is its place // `attention_chunk_size`",
+        _chunk(lambda length: length + 1),
+        needs=("window decoded",),
+    ),
+    Fault(
+        "attention.temperature_missing",
+        "does not scale the queries of layers without positions",
+        "honour `attn_temperature_tuning`",
+        on(Rotation, _not_tempered),
+    ),
+    Fault(
+        "attention.temperature_floor",
+        "has another `floor_scale` in its temperature",
+        "log(1 + floor(tokens / floor_scale)), of tokens counted from 1",
+        on(Rotation, _cooler),
+        needs=("several tokens",),
+    ),
+    Fault(
+        "attention.norm_after_rotation_missing",
+        "does not normalise queries and keys after their rotation",
+        "honour `use_qk_norm`",
+        on(Rotation, _norm_left_out),
     ),
 )

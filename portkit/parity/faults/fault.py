@@ -54,6 +54,8 @@ class Fault:
     edit: Edit
     needs: tuple[str, ...] = ()
     """What a probe must have to show it, in words of `kill.NEEDS`."""
+    fits: bool = False
+    """A recipe's `fitted` tells the number that the wrong port has."""
     leaves_out: bool = False
     """The wrong port does not call a module at all."""
 

@@ -53,6 +53,8 @@ def _residual_missing(total: Sum, place: Place) -> Iterator[Recipe]:
     for number in range(len(total.terms)):
         left = total.terms[:number] + total.terms[number + 1 :]
         yield Copy(left[0]) if len(left) == 1 else replace(total, terms=left)
+    if len(total.terms) > 2:  # the stream as it was before its last block
+        yield Copy(total.terms[-1])
 
 
 def _residual_normed(total: Sum, place: Place) -> Iterator[Sum]:

@@ -6,7 +6,7 @@ Each is the formula of a paper, with what implementations differ in as fields.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,17 @@ class Norm:
         for _ in range(0 if self.missing else self.times):
             x = self._once(x, weight)
         return x
+
+    def fitted(self, x: Tensor, port: Tensor, reference: Tensor) -> Norm | None:
+        """The same with the epsilon that a port must have, from rows of input and outputs.
+
+        A row's outputs are as x * rsqrt(ms + eps), so their ratio tells the port's epsilon.
+        """
+        x, port, reference = (one.double() for one in (x, port, reference))
+        power = x.pow(2).mean(-1)
+        ratio = (port * reference).sum(-1) / reference.pow(2).sum(-1)
+        eps = float(((power + self.eps) / ratio.pow(2) - power).median())
+        return replace(self, eps=float(f"{eps:.6g}")) if eps > 0 else None
 
     def _normalised(self, x: Tensor) -> Tensor:
         h = x.float() if self.upcast else x

@@ -123,6 +123,7 @@ FAULTS = (
         "has another epsilon in this norm",
         "read `rms_norm_eps` of the config, not a default",
         on(Norm, _epsilons),
+        fits=True,
     ),
     Fault(
         "norm.epsilon_outside_root",

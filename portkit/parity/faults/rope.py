@@ -11,8 +11,7 @@ from portkit.parity.faults.rotary import Rotation, Tables, unscaled
 
 _THETAS = (1e4, 5e5, 1e6, 1e5, 1.5e5, 5e6, 1e7, 2e4, 5e4)
 _FACTORS = (8.0, 32.0, 16.0, 4.0, 2.0, 1.0, 40.0, 64.0)
-_LOW = (1.0, 2.0, 0.5, 4.0)
-_HIGH = (4.0, 8.0, 2.0, 1.0, 16.0)
+_HIGH = (4.0, 8.0, 2.0, 16.0)
 _FAST = (32.0, 16.0, 64.0, 8.0)
 _SLOW = (1.0, 2.0, 4.0, 0.5)
 _CONTEXTS = (8192, 2048, 4096, 16384, 32768, 1024, 512, 256, 128, 40960, 65536, 131072)
@@ -124,6 +123,16 @@ def _turned(rotation: Rotation, place: Place) -> Iterable[Rotation]:
 
 def _not_rotated(rotation: Rotation, place: Place) -> Iterable[Rotation]:
     return () if rotation.style == "none" else (replace(rotation, style="none"),)
+
+
+def _rotated_too(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    if rotation.style == "none":
+        yield replace(rotation, style="polar")
+        yield replace(rotation, style="half")
+
+
+def _rounded(tables: Tables, place: Place) -> Iterable[Tables]:
+    return (replace(tables, rounded=True),) if tables.polar else ()
 
 
 def _float_tables(rotation: Rotation, place: Place) -> Iterator[Rotation]:
@@ -272,5 +281,18 @@ FAULTS = (
         "does not rotate",
         "rotate query and key before they meet",
         either(on(Rotation, _not_rotated), on(Tables, lambda t, _: (replace(t, still=True),))),
+    ),
+    Fault(
+        "rope.applied_everywhere",
+        "rotates in layers that have no positions",
+        "of `no_rope_layers` a 1 means that the layer rotates",
+        on(Rotation, _rotated_too),
+        needs=("several tokens",),
+    ),
+    Fault(
+        "rope.tables_rounded",
+        "rounds cos and sin to the model's dtype where this model rotates in float32",
+        "rotate as complex numbers of float32, and cast once",
+        on_tables(_rounded),
     ),
 )

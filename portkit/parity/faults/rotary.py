@@ -133,6 +133,8 @@ class Rotation:
     """Normalise the source first, by this."""
     temperature: tuple[int, float] | None = None
     """Multiplied by 1 + scale * log(1 + floor(tokens / floor)): floor and scale."""
+    scale: float = 1.0
+    """Multiplied after the rotation."""
     past: str = "held"
     """held, unrotated, stale, shifted, early, late: what a cache gives back of the past."""
 
@@ -151,6 +153,8 @@ class Rotation:
             new = normed
         if self.temperature is not None:
             new = tempered(scene, new, *self.temperature)
+        if self.scale != 1.0:
+            new = new * self.scale
         if site.endswith("#query"):
             return new
         return with_past(scene, site, new, self)

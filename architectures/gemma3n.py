@@ -1,0 +1,534 @@
+"""Gemma 3n (Google 2025): the language model of E2B and E4B, and of what is sliced out of them.
+
+A decoder like Gemma 3's (sliding and full layers with periods of their own, sandwich norms, a head
+tied to the scaled embedding), departing from it in these places:
+
+- norms multiply by `weight`, not `1 + weight`, in float32, the cast last; values are normalised
+  too, without a weight, and scores are not scaled at all;
+- AltUp (Baykal et al. 2023, arXiv:2301.13310): the residual stream is several streams, (streams,
+  batch, tokens, hidden). A layer *predicts* all of them, runs on one, the active stream, and
+  *corrects* the others by what that came out as;
+- LAuReL (Menghani et al. 2024, arXiv:2411.07501): beside attention a low-rank residual branch;
+- per-layer embeddings: each token has a small vector for each layer, which gates what the layer
+  adds to the inactive streams. The table is a third of all parameters, and only the rows of the
+  tokens that come are ever read: loaded as stored, it stays in the mapped file;
+- the first layers' feed-forward is sparse: a gate counts only above a quantile of its normal fit;
+- the last `num_kv_shared_layers` layers have no keys and values of their own and see those of the
+  last layer of their type that has;
+- MatFormer (Devvrit et al. 2023, arXiv:2310.07707): layers have widths of their own, and a smaller
+  model is the first rows of a larger one.
+
+The clipping of AltUp's coefficients, which the reference does in training alone, is not here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from portkit.architecture import Architecture, CausalLM, Nesting, Site
+from portkit.config import ConfigReader, check_heads
+from portkit.nn.attention import KERNELS, visible_keys
+from portkit.nn.cache import Cache, FullCache, LayerCache, SharedKeys, SlidingCache
+from portkit.nn.embedding import ScaledEmbedding
+from portkit.nn.mlp import SparseGatedMLP, gelu_tanh
+from portkit.nn.norms import LateCastRMSNorm, WeightlessRMSNorm
+from portkit.nn.rope import RopeParameters, RotaryEmbedding, rotate_by_token
+from portkit.nn.streams import AltUp, Laurel, magnitude_of, scaled_to
+from portkit.weights import Copy, Drop, Tie, WeightMap
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemma3nConfig:
+    """The keys of `config.json` that the forward pass depends on."""
+
+    vocab_size: int
+    pad_token_id: int
+    """Its rows in both embeddings get no gradient."""
+    vocab_size_per_layer_input: int
+    """Rows of the per-layer embeddings; a token beyond them has row 0's."""
+    hidden_size: int
+    hidden_size_per_layer_input: int
+    intermediate_size: tuple[int, ...]
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    attention_bias: bool
+    sliding_window: int
+    layer_types: tuple[str, ...]
+    final_logit_softcapping: float
+    altup_num_inputs: int
+    altup_active_idx: int
+    altup_correct_scale: bool
+    num_kv_shared_layers: int
+    laurel_rank: int
+    activation_sparsity_pattern: tuple[float, ...]
+    rope_parameters: Mapping[str, RopeParameters]
+    """By layer type."""
+
+    @property
+    def num_own_kv_layers(self) -> int:
+        """The first so many layers have keys and values of their own."""
+        return self.num_hidden_layers - self.num_kv_shared_layers
+
+
+def read_config(reader: ConfigReader) -> Gemma3nConfig:
+    max_positions = reader.size("max_position_embeddings", 32768)
+    num_layers = reader.size("num_hidden_layers", maximum=4096)
+    rope = reader.rope_by_layer_type(
+        default_thetas={FULL: 1e6, SLIDING: 1e4},
+        legacy_theta_keys={FULL: "rope_theta", SLIDING: "rope_local_base_freq"},
+        scaled=FULL,
+        max_position_embeddings=max_positions,
+    )
+    config = Gemma3nConfig(
+        vocab_size=reader.size("vocab_size", 262400),
+        pad_token_id=reader.size("pad_token_id", 0, minimum=0),
+        vocab_size_per_layer_input=reader.size("vocab_size_per_layer_input", 262144),
+        hidden_size=reader.size("hidden_size"),
+        hidden_size_per_layer_input=reader.size("hidden_size_per_layer_input", 256),
+        intermediate_size=reader.sizes("intermediate_size", num_layers),
+        num_hidden_layers=num_layers,
+        num_attention_heads=reader.size("num_attention_heads", 8),
+        num_key_value_heads=reader.size("num_key_value_heads", 2),
+        head_dim=reader.size("head_dim", 256),
+        max_position_embeddings=max_positions,
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", True),
+        attention_bias=reader.flag("attention_bias", False),
+        sliding_window=reader.size("sliding_window", 512, minimum=2),
+        layer_types=reader.words("layer_types", num_layers, (FULL, SLIDING))
+        or tuple(SLIDING if (i + 1) % 5 else FULL for i in range(num_layers)),
+        final_logit_softcapping=reader.number("final_logit_softcapping", 30.0),
+        altup_num_inputs=reader.size("altup_num_inputs", 4, minimum=2, maximum=64),
+        altup_active_idx=reader.size("altup_active_idx", 0, minimum=0),
+        altup_correct_scale=reader.flag("altup_correct_scale", True),
+        num_kv_shared_layers=reader.size("num_kv_shared_layers", 15, minimum=0),
+        laurel_rank=reader.size("laurel_rank", 64),
+        activation_sparsity_pattern=reader.fractions("activation_sparsity_pattern", num_layers)
+        or tuple(0.95 if i < 10 and num_layers > 10 else 0.0 for i in range(num_layers)),
+        rope_parameters={kind: RopeParameters(**given) for kind, given in rope.items()},
+    )
+    for key in ("hidden_activation", "hidden_act"):
+        reader.pin(key, "gelu_pytorch_tanh", because="the feed-forward is gated by this GELU")
+    reader.bookkeeping("altup_coef_clip", "altup_lr_multiplier")
+    check_heads(
+        reader.where, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    )
+    check_streams(reader, config)
+    return config
+
+
+def check_streams(reader: ConfigReader, config: Gemma3nConfig) -> None:
+    """The active stream is one of them, and each layer without keys finds some to share."""
+    if config.pad_token_id >= min(config.vocab_size, config.vocab_size_per_layer_input):
+        raise reader.contradiction(
+            f"pad_token_id {config.pad_token_id} has no row in embeddings of {config.vocab_size} "
+            f"and, by layer, {config.vocab_size_per_layer_input} tokens"
+        )
+    if config.altup_active_idx >= config.altup_num_inputs:
+        raise reader.contradiction(
+            f"altup_active_idx {config.altup_active_idx} is none of the "
+            f"altup_num_inputs {config.altup_num_inputs} streams, which count from 0"
+        )
+    own = config.num_own_kv_layers
+    if own < 1:
+        raise reader.contradiction(
+            f"num_kv_shared_layers {config.num_kv_shared_layers} leaves none of the "
+            f"num_hidden_layers {config.num_hidden_layers} with keys to share"
+        )
+    for kind in sorted({*config.layer_types[own:]} - {*config.layer_types[:own]}):
+        raise reader.contradiction(
+            f"layer_types: a {kind} layer shares keys, and none of the first {own} layers is "
+            f"one (num_kv_shared_layers {config.num_kv_shared_layers})"
+        )
+
+
+def read_multimodal_config(reader: ConfigReader) -> Gemma3nConfig:
+    """The language model's part of a config that also describes vision and audio towers."""
+    text = reader.section("text_config")
+    text.pin("model_type", "gemma3n_text", because="no other language model is known in this place")
+    config = read_config(text)
+    text.finish()
+    reader.bookkeeping(
+        "vision_config",
+        "audio_config",
+        *(f"{kind}_soft_tokens_per_image" for kind in ("vision", "audio")),
+        *(f"{kind}_token_id" for kind in ("image", "audio", "boi", "eoi", "boa", "eoa")),
+    )
+    tie_word_embeddings = reader.flag("tie_word_embeddings", config.tie_word_embeddings)
+    return replace(config, tie_word_embeddings=tie_word_embeddings)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Gemma3nConfig, kernel: str, has_own_kv: bool) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.has_own_kv = has_own_kv
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
+        self.q_norm = LateCastRMSNorm(config.head_dim, config.rms_norm_eps)
+        if has_own_kv:
+            self.k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
+            self.v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
+            self.k_norm = LateCastRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.v_norm = WeightlessRMSNorm(config.rms_norm_eps)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+        self.attend = KERNELS[kernel](1.0)
+
+    def forward(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        shared: SharedKeys,
+    ) -> Tensor:
+        cos, sin = position_embeddings
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(x).view(by_head))  # (batch, tokens, heads, head_dim)
+        query = rotate_by_token(query, cos, sin).transpose(1, 2)
+        if self.has_own_kv:
+            key = self.k_norm(self.k_proj(x).view(by_head))
+            key = rotate_by_token(key, cos, sin).transpose(1, 2)
+            value = self.v_norm(self.v_proj(x).view(by_head)).transpose(1, 2)
+            if cache is not None:
+                key, value = cache.update(key, value)
+            shared.update(key, value)
+        else:
+            key, value = shared.shown()
+        context = self.attend(query, key, value, mask)  # (batch, tokens, heads, head_dim)
+        output: Tensor = self.o_proj(context.flatten(2))
+        return output
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Gemma3nConfig, kernel: str, number: int) -> None:
+        super().__init__()
+        size, per_layer, eps = (
+            config.hidden_size,
+            config.hidden_size_per_layer_input,
+            config.rms_norm_eps,
+        )
+        self.scales_correction = config.altup_correct_scale
+        self.self_attn = Attention(config, kernel, number < config.num_own_kv_layers)
+        self.mlp = SparseGatedMLP(
+            size, config.intermediate_size[number], config.activation_sparsity_pattern[number]
+        )
+        self.altup = AltUp(size, config.altup_num_inputs, config.altup_active_idx, eps)
+        self.laurel = Laurel(size, config.laurel_rank, eps)
+        self.input_layernorm = LateCastRMSNorm(size, eps)
+        self.post_attention_layernorm = LateCastRMSNorm(size, eps)
+        self.pre_feedforward_layernorm = LateCastRMSNorm(size, eps)
+        self.post_feedforward_layernorm = LateCastRMSNorm(size, eps)
+        self.per_layer_input_gate = nn.Linear(size, per_layer, bias=False)
+        self.per_layer_projection = nn.Linear(per_layer, size, bias=False)
+        self.post_per_layer_input_norm = LateCastRMSNorm(size, eps)
+
+    def forward(
+        self,
+        streams: Tensor,
+        per_layer_input: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        shared: SharedKeys,
+    ) -> Tensor:
+        predictions = self.altup.predict(streams)
+        h = predictions[self.altup.active]
+        x = self.input_layernorm(h)
+        laurel = self.laurel(x)
+        attended = self.self_attn(x, position_embeddings, mask, cache, shared)
+        h = h + self.post_attention_layernorm(attended)
+        h = (h + laurel) / math.sqrt(2)
+        h = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
+        streams = self.altup.correct(predictions, h)
+
+        h = streams[self.altup.active]
+        if self.scales_correction:
+            h = h * self.altup.correct_output_scale
+        h = gelu_tanh(self.per_layer_input_gate(h)) * per_layer_input
+        h = self.post_per_layer_input_norm(self.per_layer_projection(h))
+        # The first stream gets none of it, whichever is the active one.
+        return torch.cat((streams[:1], streams[1:] + h))
+
+
+class Decoder(nn.Module):
+    per_layer_projection_scale: Tensor
+    per_layer_input_scale: Tensor
+
+    def __init__(self, config: Gemma3nConfig, kernel: str) -> None:
+        super().__init__()
+        self.config = config
+        size, per_layer = config.hidden_size, config.hidden_size_per_layer_input
+        all_layers = config.num_hidden_layers * per_layer
+        num_inactive = config.altup_num_inputs - 1
+        self.windows = {FULL: None, SLIDING: config.sliding_window}
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, size, size**0.5, config.pad_token_id)
+        self.embed_tokens_per_layer = ScaledEmbedding(
+            config.vocab_size_per_layer_input, all_layers, per_layer**0.5, config.pad_token_id
+        )
+        self.per_layer_model_projection = nn.Linear(size, all_layers, bias=False)
+        self.per_layer_projection_norm = LateCastRMSNorm(per_layer, config.rms_norm_eps)
+        self.altup_projections = nn.ModuleList(
+            nn.Linear(size, size, bias=False) for _ in range(num_inactive)
+        )
+        self.altup_unembed_projections = nn.ModuleList(
+            nn.Linear(size, size, bias=False) for _ in range(num_inactive)
+        )
+        self.rotary_emb = nn.ModuleDict(
+            {
+                kind: RotaryEmbedding(config.head_dim, config.rope_parameters[kind])
+                for kind in sorted(set(config.layer_types))
+            }
+        )
+        self.layers = nn.ModuleList(
+            Layer(config, kernel, number) for number in range(config.num_hidden_layers)
+        )
+        self.norm = LateCastRMSNorm(size, config.rms_norm_eps)
+        for name, scale in (("projection", size**-0.5), ("input", 2**-0.5)):
+            constant = torch.tensor(scale, device="cpu")
+            self.register_buffer(f"per_layer_{name}_scale", constant, persistent=False)
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, cache: Cache | None, padding: Tensor | None
+    ) -> Tensor:
+        embedded = self.embed_tokens(input_ids)
+        per_layer_inputs = self.per_layer_inputs(input_ids, embedded)
+        num_tokens, past = input_ids.shape[1], 0 if cache is None else cache.length
+        tables, masks = {}, {}
+        for kind, rotary_emb in self.rotary_emb.items():
+            tables[kind] = rotary_emb(positions, embedded.dtype)
+            masks[kind] = visible_keys(
+                num_tokens, past, padding, embedded.device, self.windows[kind]
+            )
+        # Only layers with keys of their own have a cache.
+        caches: Sequence[LayerCache] = () if cache is None else cache.layers
+        shared = {kind: SharedKeys() for kind in tables}
+        streams = self.spread(embedded)
+        for number, kind in enumerate(self.config.layer_types):
+            streams = self.layers[number](
+                streams,
+                per_layer_inputs[:, :, number],
+                tables[kind],
+                masks[kind],
+                caches[number] if number < len(caches) else None,
+                shared[kind],
+            )
+        output: Tensor = self.norm(self.gather(streams))
+        return output
+
+    def per_layer_inputs(self, input_ids: Tensor, embedded: Tensor) -> Tensor:
+        """What each layer gets of each token: (batch, tokens, layers, hidden_per_layer)."""
+        by_layer = (self.config.num_hidden_layers, self.config.hidden_size_per_layer_input)
+        known = input_ids < self.config.vocab_size_per_layer_input
+        looked_up = self.embed_tokens_per_layer(input_ids.where(known, 0)).unflatten(-1, by_layer)
+        projected = self.per_layer_model_projection(embedded) * self.per_layer_projection_scale
+        projected = self.per_layer_projection_norm(projected.unflatten(-1, by_layer))
+        inputs: Tensor = (projected + looked_up) * self.per_layer_input_scale
+        return inputs
+
+    def spread(self, embedded: Tensor) -> Tensor:
+        """The streams that the layers begin with: the embedding, and projections of its size."""
+        size = magnitude_of(embedded)
+        others = [scaled_to(projection(embedded), size) for projection in self.altup_projections]
+        return torch.stack((embedded, *others))
+
+    def gather(self, streams: Tensor) -> Tensor:
+        """The mean of the streams, the later ones projected back and of the first one's size."""
+        first = streams[0]
+        size = magnitude_of(first)
+        others = [
+            scaled_to(projection(stream), size)
+            for projection, stream in zip(self.altup_unembed_projections, streams[1:], strict=True)
+        ]
+        return torch.stack((first, *others)).mean(0)
+
+
+class Gemma3n(CausalLM):
+    config: Gemma3nConfig
+
+    def __init__(self, config: Gemma3nConfig, kernel: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, kernel)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        cap = self.config.final_logit_softcapping
+        logits: Tensor = torch.tanh(self.lm_head(hidden_states) / cap) * cap
+        return logits
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        config = self.config
+        heads, head_dim = config.num_key_value_heads, config.head_dim
+        return Cache(
+            batch,
+            [
+                FullCache(heads, head_dim, length)
+                if kind == FULL
+                else SlidingCache(heads, head_dim, config.sliding_window)
+                for kind in config.layer_types[: config.num_own_kv_layers]
+            ],
+        )
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of the language model alone, out of a multimodal one."""
+    outer = ("torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+    text = config["text_config"]
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    return {
+        **{key: config[key] for key in outer if key in config},
+        **text,
+        "architectures": ["Gemma3nForCausalLM"],
+        "model_type": "gemma3n_text",
+        "tie_word_embeddings": tied,
+    }
+
+
+def nested_config(
+    reader: ConfigReader, widths: Sequence[int], kept: Sequence[int]
+) -> dict[str, Any]:
+    """`config.json` of the layers `kept`, with feed-forwards of `widths`."""
+    whole = read_config(reader)
+    own = [layer for layer in kept if layer < whole.num_own_kv_layers]
+
+    def shown_by(kind: str, layers: Sequence[int]) -> int | None:
+        return max((one for one in layers if whole.layer_types[one] == kind), default=None)
+
+    for kind in sorted({whole.layer_types[layer] for layer in kept if layer not in own}):
+        source = shown_by(kind, range(whole.num_own_kv_layers))
+        if shown_by(kind, own) != source:
+            raise reader.contradiction(
+                f"layer {source} cannot be dropped: later {kind} layers see its keys and values"
+            )
+    return {
+        **reader.raw,
+        "num_hidden_layers": len(kept),
+        "num_kv_shared_layers": len(kept) - len(own),
+        "intermediate_size": list(widths),
+        "layer_types": [whole.layer_types[layer] for layer in kept],
+        "activation_sparsity_pattern": [whole.activation_sparsity_pattern[i] for i in kept],
+    }
+
+
+NESTING = Nesting(
+    nested_config,
+    by_layer={
+        "model.embed_tokens_per_layer.weight": 1,
+        "model.per_layer_model_projection.weight": 0,
+    },
+)
+
+NORMS = "input|post_attention|pre_feedforward|post_feedforward"
+SHARED = "this layer sees the keys and values of an earlier one"
+TOWER = "the vision and audio towers are not ported; this is the language model alone"
+
+WEIGHTS = WeightMap(
+    (
+        Copy("model.embed_tokens.weight"),
+        Copy("model.embed_tokens_per_layer.weight"),
+        Copy("model.per_layer_model_projection.weight"),
+        Copy("model.per_layer_projection_norm.weight"),
+        Copy("model.altup_{way=|unembed_}projections.{stream}.weight"),
+        Copy(f"model.layers.{{layer}}.{{norm={NORMS}}}_layernorm.weight"),
+        Copy("model.layers.{layer}.self_attn.{proj=q|k|v|o}_proj.{part=weight|bias}"),
+        Copy("model.layers.{layer}.self_attn.{part=q|k}_norm.weight"),
+        Copy("model.layers.{layer}.mlp.{proj=gate|up|down}_proj.weight"),
+        Copy("model.layers.{layer}.altup.correct_output_scale"),
+        Copy("model.layers.{layer}.altup.{what=correction|prediction}_coefs.weight"),
+        Copy("model.layers.{layer}.altup.{what=modality_router|router_norm}.weight"),
+        Copy("model.layers.{layer}.laurel.linear_{side=left|right}.weight"),
+        Copy("model.layers.{layer}.laurel.post_laurel_norm.weight"),
+        Copy("model.layers.{layer}.per_layer_{what=input_gate|projection}.weight"),
+        Copy("model.layers.{layer}.post_per_layer_input_norm.weight"),
+        Copy("model.norm.weight"),
+        Copy("lm_head.weight"),
+        Tie("lm_head.weight", to="model.embed_tokens.weight"),
+        Drop("model.layers.{layer}.self_attn.{proj=k|v}_proj.{part=weight|bias}", because=SHARED),
+        Drop("model.layers.{layer}.self_attn.k_norm.weight", because=SHARED),
+    )
+)
+
+MULTIMODAL_WEIGHTS = WeightMap(
+    (
+        *WEIGHTS.rules,
+        *(
+            Drop(f"{tower}.{{*}}", because=TOWER)
+            for tower in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
+        ),
+    ),
+    prefixes={
+        "model.language_model.": "model.",
+        "model.vision_tower.": "vision_tower.",
+        "model.audio_tower.": "audio_tower.",
+        "model.embed_vision.": "embed_vision.",
+        "model.embed_audio.": "embed_audio.",
+    },
+)
+
+TOKENS = "batch position channel"
+STREAMS = "stream batch position channel"
+IN_LAYER = (
+    "altup.{what=router_norm|modality_router|prediction_coefs|correction_coefs}",
+    f"{{norm={NORMS}}}_layernorm",
+    "laurel.{what=linear_left|linear_right|post_laurel_norm}",
+    "laurel",
+    "self_attn.{proj=q|k|v|o}_proj",
+    "self_attn",
+    "mlp.{proj=gate|up|down}_proj",
+    "mlp",
+    "{what=per_layer_input_gate|per_layer_projection|post_per_layer_input_norm}",
+)
+SITES = (
+    Site("model.embed_tokens{which=|_per_layer}", TOKENS),
+    Site("model.per_layer_model_projection", TOKENS),
+    Site("model.per_layer_projection_norm", "batch position layer channel"),
+    Site("model#{table=cos|sin}.{kind=full_attention|sliding_attention}", TOKENS),
+    Site("model.altup_{way=|unembed_}projections.{stream}", TOKENS),
+    *(Site(f"model.layers.{{layer}}.{name}", TOKENS) for name in IN_LAYER),
+    Site("model.layers.{layer}.self_attn.{part=q|k|v}_norm", "batch position head channel"),
+    Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
+    Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
+    Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
+    Site("model.layers.{layer}", STREAMS, inputs=STREAMS),
+    Site("model.norm", TOKENS),
+    Site("lm_head", "batch position vocabulary"),
+)
+
+GEMMA3N = Architecture(
+    model_type="gemma3n_text",
+    summary="Gemma 3n E2B and E4B: the language model alone, and what is sliced out of it",
+    read_config=read_config,
+    build=Gemma3n,
+    weight_map=WEIGHTS,
+    sites=SITES,
+    nesting=NESTING,
+)
+
+GEMMA3N_MULTIMODAL = Architecture(
+    model_type="gemma3n",
+    summary="Gemma 3n E2B and E4B: the language model of the multimodal checkpoint",
+    read_config=read_multimodal_config,
+    build=Gemma3n,
+    weight_map=MULTIMODAL_WEIGHTS,
+    sites=SITES,
+    text_config=text_config,
+    nesting=NESTING,
+)
