@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from portkit.architecture import Architecture, CausalLM, Site
+from portkit.architecture import Architecture, CausalLM, Nesting, Site
 from portkit.config import ConfigReader, check_heads
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SharedKeys, SlidingCache
@@ -402,6 +402,40 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def nested_config(
+    reader: ConfigReader, widths: Sequence[int], kept: Sequence[int]
+) -> dict[str, Any]:
+    """`config.json` of the layers `kept`, with feed-forwards of `widths`."""
+    whole = read_config(reader)
+    own = [layer for layer in kept if layer < whole.num_own_kv_layers]
+
+    def shown_by(kind: str, layers: Sequence[int]) -> int | None:
+        return max((one for one in layers if whole.layer_types[one] == kind), default=None)
+
+    for kind in sorted({whole.layer_types[layer] for layer in kept if layer not in own}):
+        source = shown_by(kind, range(whole.num_own_kv_layers))
+        if shown_by(kind, own) != source:
+            raise reader.contradiction(
+                f"layer {source} cannot be dropped: later {kind} layers see its keys and values"
+            )
+    return {
+        **reader.raw,
+        "num_hidden_layers": len(kept),
+        "num_kv_shared_layers": len(kept) - len(own),
+        "intermediate_size": list(widths),
+        "layer_types": [whole.layer_types[layer] for layer in kept],
+        "activation_sparsity_pattern": [whole.activation_sparsity_pattern[i] for i in kept],
+    }
+
+
+NESTING = Nesting(
+    nested_config,
+    by_layer={
+        "model.embed_tokens_per_layer.weight": 1,
+        "model.per_layer_model_projection.weight": 0,
+    },
+)
+
 NORMS = "input|post_attention|pre_feedforward|post_feedforward"
 SHARED = "this layer sees the keys and values of an earlier one"
 TOWER = "the vision and audio towers are not ported; this is the language model alone"
@@ -485,6 +519,7 @@ GEMMA3N = Architecture(
     build=Gemma3n,
     weight_map=WEIGHTS,
     sites=SITES,
+    nesting=NESTING,
 )
 
 GEMMA3N_MULTIMODAL = Architecture(
@@ -495,4 +530,5 @@ GEMMA3N_MULTIMODAL = Architecture(
     weight_map=MULTIMODAL_WEIGHTS,
     sites=SITES,
     text_config=text_config,
+    nesting=NESTING,
 )

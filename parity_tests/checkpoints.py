@@ -100,6 +100,12 @@ def _gemma3n(**config: Any) -> Tiny:
     return Tiny("Gemma3n", {**_SHARED, **sizes, **layers, **config})
 
 
+def _smollm3(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    return Tiny("SmolLM3", {**_SHARED, **heads, **ids, "rope_theta": 5e6, **config})
+
+
 TINY: dict[str, Tiny] = {
     "llama3": llama(rope_scaling=LLAMA3_ROPE, rope_theta=500000.0, num_hidden_layers=12),
     "llama tied with biases": llama(
@@ -167,6 +173,16 @@ TINY: dict[str, Tiny] = {
         num_key_value_heads=1,
         num_attention_heads=4,
         num_hidden_layers=12,
+    ),
+    "smollm3": _smollm3(),
+    "smollm3 sliding": _smollm3(
+        num_hidden_layers=5,
+        no_rope_layers=[1, 0, 1, 1, 0],
+        use_sliding_window=True,
+        sliding_window=24,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
     ),
     "gemma3n": _gemma3n(),
     "gemma3n plain": _gemma3n(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -98,6 +98,17 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Nesting:
+    """How smaller models lie within a larger one of a family (MatFormer, arXiv:2310.07707)."""
+
+    config: Callable[[ConfigReader, Sequence[int], Sequence[int]], dict[str, Any]]
+    """The text model's config, the widths of the layers that are kept, and their numbers, to the
+    smaller model's config. Raises `InvalidConfig` where a layer needs one that is not kept."""
+    by_layer: Mapping[str, int]
+    """Parameters that hold a block for each layer, and along which dimension."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family's port, under the `model_type` that `config.json` calls it by."""
 
@@ -110,3 +121,4 @@ class Architecture:
     sites: tuple[Site, ...]
     text_config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     """`config.json` as the text model alone has it: what an export writes."""
+    nesting: Nesting | None = None

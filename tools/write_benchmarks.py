@@ -35,6 +35,9 @@ TABLE = """| what | portkit | against | takes | ratio | target |
 OPENING = """Opening adds {added_bytes:,} bytes to the process's anonymous memory, {share:.2%} of
 the file of {file_bytes:,}; the target is under {target:.0%}.
 """
+EXPERTS = """While 3,072 expert tensors, a file of {file_bytes:,} bytes, are opened, anonymous
+memory grows by up to {peak_bytes:,} bytes, and in Transformers by {theirs_peak_bytes:,}.
+"""
 PROOF = """A proof with the default probe adds {proof_bytes:,} bytes at its peak. The target is
 {proof_target_bytes:,}: two and a half checkpoints, what the largest pass records, one layer and
 32,768 rows of the head in float64.
@@ -55,6 +58,8 @@ def page(run: dict[str, Any]) -> str:
     for one in found:
         if "added_bytes" in one:
             parts.append(OPENING.format(**one, share=one["added_bytes"] / one["file_bytes"]))
+        if "peak_bytes" in one:
+            parts.append(EXPERTS.format(**one))
         if "proof_bytes" in one:
             parts.append(PROOF.format(**one))
     ran = {benchmark["fullname"].partition("[")[0] for benchmark in run["benchmarks"]}

@@ -43,6 +43,7 @@ WRAPPING = {
     "cohere2 with biases",
     "gemma3n",
     "gemma3n plain",
+    "smollm3 sliding",
 }
 SAME_HEADS = {"llama plain heads", "llama wide heads"}
 """Heads that torch's kernel does not group: as many keys as queries, or too wide."""

@@ -240,6 +240,18 @@ CONFIG_VALUES = [
         base="qwen3",
     ),
     Case(
+        "rotating layers that are not counted",
+        config({"no_rope_layers": [1]}),
+        ("no_rope_layers must be a list of 2", "[1]"),
+        base="smollm3",
+    ),
+    Case(
+        "sliding layers without a window",
+        config({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": None}),
+        ("layer_types names sliding layers", "sliding_window is null"),
+        base="smollm3",
+    ),
+    Case(
         "more layers share keys than there are",
         config({"num_kv_shared_layers": 2}),
         ("num_kv_shared_layers 2 leaves none", "num_hidden_layers 2"),

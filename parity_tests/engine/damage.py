@@ -90,6 +90,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
     "cohere2": {"model_type": "cohere2", **_SIZES, "sliding_window": 8, "attention_bias": True},
+    "smollm3": {"model_type": "smollm3", **_SIZES},
     "gemma3n_text": {
         "model_type": "gemma3n_text",
         **_SIZES,

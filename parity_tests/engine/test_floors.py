@@ -23,6 +23,7 @@ FLOORS = {
     "portkit.decoding": 5,
     "portkit.importers": 5,
     "portkit.exporting": 5,
+    "portkit.slicing": 5,
     "portkit.loading": 4,
     "portkit.tokenizer": 4,
     "portkit.registry": 3,

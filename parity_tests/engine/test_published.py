@@ -159,6 +159,7 @@ def index_of(data_folder: Path, name: str) -> dict[str, Any]:
     ("index", "config", "changed"),
     [
         ("Qwen3-1.7B.mlx-bf16.json", "Qwen__Qwen3-1.7B", {}),
+        ("SmolLM3-3B.json", "HuggingFaceTB__SmolLM3-3B", {}),
         # The sizes that its index sums up show that this one has a key head for each query head.
         (
             "Llama3-8B-finetune.json",
@@ -193,16 +194,20 @@ def test_a_list_of_names_of_another_family_is_refused_by_name(
 def test_names_alike_do_not_make_it_ours(
     configs: dict[str, Path], data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SmolLM3's tensors are called as Llama's are, and some of its layers do not rotate."""
+    """SmolLM3's and Mistral's tensors are called as Llama's are, and they compute other things."""
     names = index_of(data_folder, "SmolLM3-3B.json")["weight_map"]
-    config = raw_config(configs["HuggingFaceTB__SmolLM3-3B"])
-    as_llama = {"num_hidden_layers": config["num_hidden_layers"], "tie_word_embeddings": True}
+    smollm3 = drawn(configs["HuggingFaceTB__SmolLM3-3B"])
+    as_llama = {
+        "num_hidden_layers": smollm3.config.num_hidden_layers,
+        "tie_word_embeddings": True,
+    }
     llama = drawn(configs["meta-llama__Llama-3.2-3B"], **as_llama)
     assert llama.architecture.weight_map.plan(llama.skeleton, dict.fromkeys(names)).dropped == ()
+    assert smollm3.architecture.model_type == "smollm3"
     with pytest.raises(SystemExit) as exit_:
-        main(["load", str(configs["HuggingFaceTB__SmolLM3-3B"]), "--dry-run"])
+        main(["load", str(configs["mistralai__Mistral-7B-v0.1"]), "--dry-run"])
     assert exit_.value.code == 2
-    assert "model_type is 'smollm3'" in capsys.readouterr().err
+    assert "model_type is 'mistral'" in capsys.readouterr().err
 
 
 def test_the_cache_of_gemma_3_270m_at_its_whole_context(

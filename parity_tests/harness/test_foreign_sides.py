@@ -150,7 +150,7 @@ def test_a_reference_that_cannot_run_in_float64_leaves_the_truth_to_the_port(
             "records '#qurey' in no module that stands for",
         ),
         (["--reference", f"{PORTS}:raises"], "raises raised KeyError"),
-        (["--reference", "FILE:x"], "--reference takes module:factory"),
+        (["--reference", "FILE:x"], "is a file: give module:factory, or a"),
         (["--sites", "FILE:a = b"], "--sites goes with --port or --reference"),
         (
             ["--port", f"{PORTS}:fused", "--sites", "nowhere"],
@@ -250,3 +250,18 @@ def test_a_misspelt_point_is_near_what_was_meant(
     assert exit_.value.code == 2
     assert "records '#contxt' within model.layers.0.self_attn, and there is no such" in error
     assert "near: #context" in error
+
+
+def test_a_recording_in_the_references_place(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = str(tmp_path / "recorded.safetensors")
+    with pytest.raises(SystemExit):
+        main(["record", folder, "--quick", "--out", trace])
+    capsys.readouterr()
+    code, printed = parity(capsys, folder, "--reference", trace)
+    assert (code, printed["verdict"]) == (0, "exact")
+    with pytest.raises(SystemExit) as exit_:
+        main(["parity", folder, "--reference", trace, "--quick"])
+    assert exit_.value.code == 2
+    assert "leave --quick out" in capsys.readouterr().err

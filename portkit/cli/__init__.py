@@ -23,6 +23,7 @@ from portkit.cli import (
     bench,
     demo,
     diff,
+    export,
     faults,
     generate,
     import_,
@@ -70,6 +71,7 @@ for name, verb in {
     "train": train,
     "plot": plot,
     "import": import_,
+    "export": export,
     "list": list_,
 }.items():
     app.command(name)(verb.command)

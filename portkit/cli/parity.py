@@ -95,8 +95,9 @@ ReferenceOption = Annotated[
     str | None,
     typer.Option(
         "--reference",
-        metavar="MODULE:FACTORY",
-        help="Hold the port against this, called likewise, in place of Transformers.",
+        metavar="MODULE:FACTORY|TRACE",
+        help="Hold the port against this, called likewise, in place of Transformers; or against a "
+        "recording, a .safetensors file, as --golden does.",
     ),
 ]
 Sites = Annotated[
@@ -163,6 +164,9 @@ def command(
     choose = probe_choice(prompt, tokens, quick, thorough, seed)
     kept = None if layers is None else layer_range(layers)
     if golden is not None:
+        _refuse_beside_golden(context, "reference")
+    elif reference is not None and Path(reference).suffix == ".safetensors":
+        golden, reference = Path(reference), None
         _refuse_beside_golden(context)
 
     import torch
@@ -230,10 +234,10 @@ def _is_given(context: typer.Context, option: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _refuse_beside_golden(context: typer.Context) -> None:
+def _refuse_beside_golden(context: typer.Context, *further: str) -> None:
     """A recording has its probe and is the reference: what would choose another is a mistake."""
-    taken = "prompt tokens quick thorough seed port reference reference_attention sites faults"
-    for name in taken.split():
+    taken = "prompt tokens quick thorough seed port reference_attention sites faults"
+    for name in (*taken.split(), *further):
         if _is_given(context, name):
             raise typer.BadParameter(
                 f"--golden: the recording is the reference, with a probe of its own: leave "

@@ -96,7 +96,7 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     fates = [one.fates for one in result.comparisons]
     if question.faults == "off" or not any(fates):
         return result
-    found = merged(fates)
+    found = merged(fates, _draw(question).config)
     return replace(result, teeth=found, not_verified=(*result.not_verified, *_uncaught(found)))
 
 
@@ -113,7 +113,7 @@ def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Tee
             table, moved = _table(question, prepared), _moved(question, probe)
             fates.append(kill_matrix(reference, table, moved, question.gate, tell))
             probes.append(probe)
-    return probes[0], merged(fates)
+    return probes[0], merged(fates, _draw(question).config)
 
 
 def _uncaught(found: Teeth) -> Iterator[NotVerified]:
@@ -122,6 +122,9 @@ def _uncaught(found: Teeth) -> Iterator[NotVerified]:
         assert one.survived is not None, "it survived"
         if one.survived.startswith("beyond"):
             yield NotVerified(f"fault {one.fault.id}", one.survived)
+    for each in found.config:
+        if each.seen is False:
+            yield NotVerified(f"config: {each.field}", f"no difference would be seen: {each.by}")
 
 
 def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResult:

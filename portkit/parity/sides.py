@@ -84,7 +84,10 @@ def make_sides(question: Question, blueprint: Blueprint, dtype: torch.dtype, len
     reference: Side
     if question.reference is not None:
         if isinstance(question.reference, str) and Path(question.reference).is_file():
-            raise PortError(f"{question.reference} is a file: --reference takes module:factory")
+            raise PortError(
+                f"{question.reference} is a file: give module:factory, or a .safetensors recording "
+                "to portkit parity --golden"
+            )
         alone = question.port is None
         reference = foreign(question.reference, question.sites if alone else None)
     else:

@@ -15,6 +15,7 @@ from typing import Any
 from portkit.parity.faults.catalogue import CATALOGUE
 from portkit.parity.faults.fault import Fault
 from portkit.parity.kill import Fate
+from portkit.parity.sensitivity import Sensitivity, sensitivities
 
 NUM_SAMPLED = 24
 AMOUNTS = ("full", "sampled", "off")
@@ -25,6 +26,8 @@ class Teeth:
     """The fate of every fault that was tried, in the catalogue's order."""
 
     fates: tuple[Fate, ...]
+    config: tuple[Sensitivity, ...] = ()
+    """Which fields of the config the probe sees."""
 
     @property
     def applicable(self) -> int:
@@ -44,13 +47,13 @@ class Teeth:
         return f"would have caught {self.killed} of {self.applicable} applicable faults"
 
 
-def merged(matrices: Sequence[tuple[Fate, ...]]) -> Teeth:
+def merged(matrices: Sequence[tuple[Fate, ...]], config: Any) -> Teeth:
     """Of each fault the first fate that tells: it was caught, or why it was not."""
     told: list[Fate] = []
     for each in zip(*matrices, strict=True):
         killed = next((one for one in each if one.killed), None)
         told.append(killed or next((one for one in each if one.applies), each[0]))
-    return Teeth(tuple(told))
+    return Teeth(tuple(told), sensitivities(config, tuple(told)))
 
 
 def chosen(amount: str) -> tuple[Fault, ...]:
@@ -68,6 +71,7 @@ def as_fields(teeth: Teeth) -> dict[str, Any]:
     """Plain values, as `portkit faults --json` prints them."""
     return {
         **counts(teeth),
+        "config": [vars(one) for one in teeth.config],
         "faults": [
             {
                 "name": one.fault.id,

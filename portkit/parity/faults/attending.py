@@ -160,12 +160,11 @@ def _softmax_in(scores: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def masks(scene: Scene, site: str) -> Iterator[Mask]:
-    window = scene.facts.window(scene.facts.attention(site))
-    yield Mask(window)
+    attention = scene.facts.attention(site)
+    window = scene.facts.window(attention)
+    yield Mask(window, chunk=scene.facts.chunk(attention))
     if window is not None:
         yield Mask(None)
-    if isinstance(chunk := getattr(scene.facts.config, "attention_chunk_size", None), int):
-        yield Mask(chunk, chunk=chunk)
 
 
 def kernels(scene: Scene, site: str) -> Iterator[Kernel]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from portkit.parity.faults.attending import Kernel, Mask
@@ -107,6 +107,32 @@ def _shifted(mask: Mask, place: Place) -> Iterator[Mask]:
         name = in_layer(place.facts.attention(place.site), other)
         if name in place.facts.modules and place.facts.window(name) != mask.window:
             yield replace(mask, window=place.facts.window(name))
+
+
+def _chunk(change: Callable[[int], int | None]) -> Edit:
+    """The mask of a layer that attends within chunks, of another length or of none."""
+
+    def mask(one: Mask, place: Place) -> Iterator[Mask]:
+        if one.chunk is not None:
+            yield replace(one, chunk=change(one.chunk))
+
+    return _masked(mask)
+
+
+def _not_tempered(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    if rotation.temperature is not None:
+        yield replace(rotation, temperature=None)
+
+
+def _cooler(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    if rotation.temperature is not None:
+        floor, scale = rotation.temperature
+        yield replace(rotation, temperature=(floor + 1, scale))
+
+
+def _norm_left_out(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    if rotation.norm_after is not None:
+        yield replace(rotation, norm_after=None)
 
 
 def _causal(by: int) -> Edit:
@@ -257,5 +283,38 @@ FAULTS = (
         "rotates the values as well",
         "rotate query and key alone",
         on(Heads, _value_rotated),
+    ),
+    Fault(
+        "attention.chunk_as_window",
+        "slides a window over the past where this layer attends within chunks",
+        "a token sees those of its own chunk of `attention_chunk_size` alone",
+        _chunk(lambda _: None),
+        needs=("window decoded",),
+    ),
+    Fault(
+        "attention.chunk_plus_one",
+        "begins a chunk a token late",
+        "the chunk of a token is its place // `attention_chunk_size`",
+        _chunk(lambda length: length + 1),
+        needs=("window decoded",),
+    ),
+    Fault(
+        "attention.temperature_missing",
+        "does not scale the queries of layers without positions",
+        "honour `attn_temperature_tuning`",
+        on(Rotation, _not_tempered),
+    ),
+    Fault(
+        "attention.temperature_floor",
+        "has another `floor_scale` in its temperature",
+        "log(1 + floor(tokens / floor_scale)), of tokens counted from 1",
+        on(Rotation, _cooler),
+        needs=("several tokens",),
+    ),
+    Fault(
+        "attention.norm_after_rotation_missing",
+        "does not normalise queries and keys after their rotation",
+        "honour `use_qk_norm`",
+        on(Rotation, _norm_left_out),
     ),
 )

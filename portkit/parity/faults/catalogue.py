@@ -5,6 +5,7 @@ from __future__ import annotations
 from portkit.parity.faults import (
     attention,
     cache,
+    experts,
     head,
     loader,
     mlp,
@@ -20,6 +21,7 @@ CATALOGUE: tuple[Fault, ...] = (
     *attention.FAULTS,
     *norms.FAULTS,
     *mlp.FAULTS,
+    *experts.FAULTS,
     *head.FAULTS,
     *cache.FAULTS,
     *precision.FAULTS,

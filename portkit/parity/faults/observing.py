@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from portkit.parity.faults import attending, modules, rotary, wiring
+from portkit.parity.faults import attending, choosing, modules, rotary, wiring
 from portkit.parity.faults.recipe import Recipe
 from portkit.parity.faults.scene import Scene
 from portkit.parity.ledger import LOGITS
@@ -42,6 +42,8 @@ def _functional(scene: Scene, site: str) -> Iterator[Recipe]:
         yield rotary.Heads(f"{attention}.v_proj", scene.given(site).shape[1])
     elif role == "mask":
         yield from attending.masks(scene, site)
+    elif role == "experts":
+        yield from choosing.choices(scene, site)
     elif role == "context":
         yield from attending.kernels(scene, site)
 
@@ -56,6 +58,7 @@ def _given_tables(scene: Scene, site: str) -> Iterator[Recipe]:
 
 def _of_module(scene: Scene, site: str) -> Iterator[Recipe]:
     module = scene.facts.modules.get(site)
+    yield from choosing.mixtures(scene, site)
     if module is None:  # an input
         if site.endswith(".down_proj:in"):
             yield from modules.products(scene, site)

@@ -125,6 +125,16 @@ def _not_rotated(rotation: Rotation, place: Place) -> Iterable[Rotation]:
     return () if rotation.style == "none" else (replace(rotation, style="none"),)
 
 
+def _rotated_too(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    if rotation.style == "none":
+        yield replace(rotation, style="polar")
+        yield replace(rotation, style="half")
+
+
+def _rounded(tables: Tables, place: Place) -> Iterable[Tables]:
+    return (replace(tables, rounded=True),) if tables.polar else ()
+
+
 def _float_tables(rotation: Rotation, place: Place) -> Iterator[Rotation]:
     """The rotation goes on in float32, as unrounded tables make it, and is cast once."""
     for one in on_tables(lambda t, _: (replace(t, rounded=False),))(rotation, place):
@@ -271,5 +281,18 @@ FAULTS = (
         "does not rotate",
         "rotate query and key before they meet",
         either(on(Rotation, _not_rotated), on(Tables, lambda t, _: (replace(t, still=True),))),
+    ),
+    Fault(
+        "rope.applied_everywhere",
+        "rotates in layers that have no positions",
+        "of `no_rope_layers` a 1 means that the layer rotates",
+        on(Rotation, _rotated_too),
+        needs=("several tokens",),
+    ),
+    Fault(
+        "rope.tables_rounded",
+        "rounds cos and sin to the model's dtype where this model rotates in float32",
+        "rotate as complex numbers of float32, and cast once",
+        on_tables(_rounded),
     ),
 )

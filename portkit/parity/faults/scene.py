@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,14 @@ class Facts:
     def window(self, attention: str) -> int | None:
         """How many keys a layer's query sees, itself included; None: all."""
         found = getattr(self.modules[attention], "sliding_window", None)
+        return found if isinstance(found, int) else self.chunk(attention)
+
+    def chunk(self, attention: str) -> int | None:
+        """The length of the chunks that a layer attends within; None: it does not."""
+        kinds, layer = getattr(self.config, "layer_types", None), layer_of(attention)
+        if kinds is None or layer is None or kinds[layer] != "chunked_attention":
+            return None
+        found = self.config.attention_chunk_size
         return found if isinstance(found, int) else None
 
     def windows(self) -> list[int]:
@@ -205,11 +214,19 @@ def template(site: str) -> str:
 
 
 def representatives(facts: Facts, sites: Iterable[str]) -> Iterator[str]:
-    """Of sites that differ in the layer alone, one for each kind of attention layer."""
-    seen = set()
-    kinds = {layer_of(one): facts.window(one) for one in facts.attentions}
+    """Of sites that differ in the layer alone, one for each kind of layer.
+
+    Layers are of a kind that have the same sites, and whose queries see as many keys.
+    """
+    sites, alike = [*sites], defaultdict[int | None, set[str]](set)
     for site in sites:
-        key = template(site), kinds.get(layer_of(site))
+        alike[layer_of(site)].add(template(site))
+    windows = {layer_of(one): facts.window(one) for one in facts.attentions}
+    seen = set()
+    for site in sites:
+        layer = layer_of(site)
+        kind = frozenset(() if layer is None else alike[layer])
+        key = template(site), windows.get(layer), kind
         if key not in seen:
             seen.add(key)
             yield site
