@@ -8,13 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.judging import Judging, checkpoints_in
 from parity_tests.faults.planted import PLANTINGS
 from parity_tests.faults.stages import Stage
+from portkit.loading import load
 from portkit.parity import schema, summary
+from portkit.parity.comparing import compare
 from portkit.parity.diagnose import Cause
 from portkit.parity.faults.catalogue import NAMED
+from portkit.parity.kill import kill_matrix
+from portkit.parity.probing import quick_probe
+from portkit.parity.reference import load_reference
 from portkit.parity.result import Comparison, ParityResult
+from portkit.parity.sites import PortSide, SiteTable
 
 NAMED_FIRST = [
     ("norm.epsilon", "llama", "bfloat16"),
@@ -50,9 +57,36 @@ def test_the_cause_is_named(name: str, checkpoint: str, dtype: str, judging: Jud
     assert set(found.causes) == {one.site for one in found.culprits}
 
 
+@pytest.mark.parametrize("name", ["qwen3 moe", "llama4 scout", "cohere2", "gemma3n plain"])
+def test_families_of_other_shapes_have_their_faults_caught_and_named(
+    name: str, tiny_checkpoint: CheckpointMaker
+) -> None:
+    loaded = load(tiny_checkpoint(name, torch.bfloat16))
+    reference = load_reference(loaded.files.origin, torch.bfloat16)
+    table, probe = SiteTable(loaded.architecture.sites), quick_probe(loaded.model)
+    fates = kill_matrix(reference, table, probe)
+    assert sum(one.killed for one in fates) >= 45
+    assert all((one.survived or "beyond").startswith("beyond") for one in fates)
+    loaded.model.get_submodule("model.layers.1.input_layernorm").eps = 1e-3
+    found = compare(PortSide(loaded.model, probe.longest), reference, table, probe)
+    assert {k: v.name for k, v in found.causes.items()} == {
+        "model.layers.1.input_layernorm": "norm.epsilon"
+    }
+
+
 def test_a_right_port_has_no_cause(judging: Judging) -> None:
     for checkpoint, dtype in (("gemma3", "bfloat16"), ("llama", "float32")):
         assert judging.clean(checkpoint, dtype, "sdpa").causes == {}
+
+
+def test_rounding_has_a_cause_only_where_a_fault_gives_its_very_bits(judging: Judging) -> None:
+    found = diagnosed(judging, "norm.weight_before_cast", "llama", "bfloat16")
+    assert found.verdict == "rounding"
+    assert {one.name for one in found.causes.values()} == {"norm.weight_before_cast"}
+    loaded = judging.load("llama", "bfloat16", "eager")
+    found = held(judging, loaded, "llama", "bfloat16")  # against the reference's fused kernel
+    assert found.verdict == "rounding"
+    assert found.causes == {}
 
 
 def test_two_mistakes_at_one_site_are_both_named(judging: Judging) -> None:
@@ -73,7 +107,6 @@ def test_two_mistakes_at_one_site_are_both_named(judging: Judging) -> None:
 
 def held(judging: Judging, loaded: object, checkpoint: str, dtype: str) -> Comparison:
     from parity_tests.faults.judging import hold_against
-    from portkit.parity.probing import quick_probe
 
     reference = judging.reference(checkpoint, dtype, "sdpa")
     return hold_against(reference, loaded, quick_probe(loaded.model))  # type: ignore[attr-defined, arg-type]

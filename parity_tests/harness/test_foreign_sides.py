@@ -70,7 +70,7 @@ def test_what_a_port_does_not_run_is_not_verified(
         "the port does not run it: it raised NotImplementedError: positions count from zero here"
     )
     stopped = [name for name, why in left_out.items() if why.endswith("it takes no cache")]
-    assert stopped == ["pass decode.1, decode.2, decode.3 and 9 more", "generation"] or stopped
+    assert stopped == ["pass decode.1, decode.2, decode.3 and 7 more", "generation"]
     assert [one["verdict"] for one in printed["comparisons"]] == ["exact"]
     code, printed = parity(capsys, folder, "--port", f"{PORTS}:limited", "--quick")
     assert (code, printed["verdict"]) == (0, "exact")  # nobody claimed that to be all

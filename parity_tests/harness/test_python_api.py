@@ -193,6 +193,14 @@ def test_the_plugin_costs_a_suite_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_a_compiler_sees_nothing_of_record() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def port(x: Tensor) -> Tensor:
+        return portkit.parity.record("#query", x * 2) + 1
+
+    assert torch.equal(port(torch.ones(3)), torch.full((3,), 3.0))
+
+
 def test_record_alone_loads_nothing_else() -> None:
     code = (
         "import sys\nfrom portkit.parity import record\nx = object()\n"

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from portkit.errors import PortError, PortkitError, SiteError
+from portkit.parity.compiled import reachable
 from portkit.parity.pairs import Paired, SitePairs, near
 from portkit.parity.points import listening
 from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Pass
-from portkit.parity.sites import CannotRun, Roles, SiteTable, Visit, parameters_of, reachable
+from portkit.parity.sites import CannotRun, Roles, SiteTable, Visit, parameters_of
 
 ARGUMENTS = ("input_ids", "positions", "attention_mask", "cache")
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Listener = Callable[[str, "Tensor"], "Tensor"]
+_LISTENED_TO: list[None] = []
+"""Empty outside of comparisons. A compiler can follow a list, and no context variable."""
 _LISTENER: ContextVar[Listener | None] = ContextVar("portkit.parity.record", default=None)
 
 
@@ -30,6 +32,8 @@ def record(name: str, tensor: Tensor) -> Tensor:
     reference's; outside of one it is always `tensor` itself. Raises `SiteError` in a comparison
     where there is no such site.
     """
+    if not _LISTENED_TO:
+        return tensor
     listener = _LISTENER.get()
     return tensor if listener is None else listener(name, tensor)
 
@@ -38,7 +42,9 @@ def record(name: str, tensor: Tensor) -> Tensor:
 def listening(listener: Listener) -> Iterator[None]:
     """Have `record` call `listener` (name, tensor) within, in this thread."""
     token = _LISTENER.set(listener)
+    _LISTENED_TO.append(None)
     try:
         yield
     finally:
+        _LISTENED_TO.pop()
         _LISTENER.reset(token)

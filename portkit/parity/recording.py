@@ -29,8 +29,8 @@ from portkit.parity.ledger import LOGITS, Distance, Ledger, rows, squares_of, to
 from portkit.parity.local import Calls, Recording, Trace, calls_kept, recorder
 from portkit.parity.probe import Pass, Probe, as_json, check_fits
 from portkit.parity.prove import Question, check_layers, memory_watched
-from portkit.parity.reference import load_reference
-from portkit.parity.sites import PortSide, Side, SiteTable, watching
+from portkit.parity.reference import Reference, load_reference
+from portkit.parity.sites import EXPERTS, PortSide, Side, SiteTable, watching
 from portkit.parity.trace_file import Provenance, RecordedFloor, description_of, names
 from portkit.parity.trace_writer import TraceWriter, new_trace
 from portkit.parity.truth import Truth
@@ -90,6 +90,8 @@ class Recorder:
     def __init__(self, side: Side, table: SiteTable, keep: Keep, writer: TraceWriter) -> None:
         self._side, self._table, self._keep, self._writer = side, table, keep, writer
         self._caches: dict[str, Any] = {}
+        self.cache: str | None = None
+        """The kind of cache that the side made."""
         self._ledger = Ledger(table, ())
         self._truth = Truth(side, side, table, self._ledger)
         self._free = FreeTruth(side, table)
@@ -100,6 +102,7 @@ class Recorder:
     @torch.no_grad()
     def run(self, probe: Probe, tell: Tell, expect: Callable[[int], None]) -> Recorded:
         """Record every pass. `expect` is told about how many bytes it will be, after the first."""
+        continued = {one.continues for one in probe}
         for group in groups(probe):
             recordings = []
             for one in group:
@@ -108,6 +111,8 @@ class Recorder:
                 if one is probe.passes[0]:
                     expect(self._estimate(recording, probe))
                 recordings.append(recording)
+                if one.name not in continued:
+                    self._caches.pop(one.name)
             if self._keep.floors:
                 tell(f"{group[-1].name} in float64")
                 self._measure(recordings)
@@ -117,11 +122,6 @@ class Recorder:
             }
         return self.found
 
-    @property
-    def cache(self) -> str:
-        """The kind of cache that the side made."""
-        return type(next(iter(self._caches.values()))).__name__
-
     def _record(self, one: Pass, num_past: int) -> Recording:
         trace: Trace = {}
         with (
@@ -129,6 +129,7 @@ class Recorder:
             calls_kept(self._side, self._table) as calls,
         ):
             logits = self._side.run(one, self._caches)
+        self.cache = type(self._caches[one.name]).__name__
         if self._table.dims("lm_head") is not None:
             trace[LOGITS] = logits
         for name in filter(self._keep.site, trace):
@@ -251,6 +252,7 @@ def record(
             revision=getattr(loaded.files, "commit", question.revision),
             config_sha256=config_digest(loaded.files),
             attention=question.attention,
+            experts=_experts(side, found.sites),
             cache=recorder_.cache,
             cast="on load",
             device=device.type,
@@ -280,6 +282,12 @@ def _side(order: Order, loaded: LoadedModel, probe: Probe) -> tuple[Side, torch.
     folder, question = loaded.files.path(CONFIG).parent, order.question
     reference = load_reference(folder, parameter.dtype, question.attention, question.device)
     return reference, parameter.device
+
+
+def _experts(side: Side, sites: Mapping[str, str]) -> str | None:
+    """The form in which the reference runs its experts, where it has any."""
+    has_experts = any(site.endswith(EXPERTS) for site in sites)
+    return side.experts if has_experts and isinstance(side, Reference) else None
 
 
 def _name(repo: str | Path) -> str:

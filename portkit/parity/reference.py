@@ -95,6 +95,12 @@ class Reference:
         """Parameters by the port's names, those that there are."""
         return by_name(parameters_of(self), names)
 
+    @property
+    def experts(self) -> str:
+        """The form in which its experts run, in its own word."""
+        model: Any = self.model
+        return str(model.get_experts_implementation()[""])
+
     @contextmanager
     def plain_experts(self) -> Iterator[None]:
         """Run experts in the form that takes float64: the grouped kernel refuses it."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from portkit.architecture import CausalLM, Site
 from portkit.nn.moe import Routing
 from portkit.nn.rope import RotaryEmbedding
+from portkit.parity.compiled import reachable
 from portkit.parity.probe import Pass
 from portkit.weights import Template
 
@@ -109,17 +110,6 @@ class Side(Watched, Protocol):
     def other_kernel(self) -> Any:
         """A context in which it runs with the attention kernel that was not asked for, if any."""
         ...
-
-
-def reachable(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by name; of compiled ones the outermost alone: hooks within would undo the fusion."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    compiled = [name for name, module in modules.items() if hasattr(module, "_orig_mod")]
-    return {
-        name: module
-        for name, module in modules.items()
-        if not any(name.startswith(f"{one}." if one else "_orig_mod") for one in compiled)
-    }
 
 
 def parameters_of(side: Watched) -> dict[str, nn.Parameter]:

@@ -193,7 +193,9 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         handle: Any = safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise _wrong(path, f"is truncated or no safetensors file ({error})") from None
+        raise TraceError(
+            f"{path} is truncated or no safetensors file ({error}): record it again"
+        ) from None
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror or error}") from None
     metadata = handle.metadata() or {}
@@ -244,7 +246,7 @@ def _probe(path: Path, described: Mapping[str, Any]) -> Probe:
     }
     try:
         probe = from_json(saved)
-    except (ProbeError, TypeError) as error:
+    except (ProbeError, TypeError, AttributeError) as error:
         raise _wrong(path, f"its passes: {error}") from None
     for one in probe:
         if "/" in one.name or not one.name.isprintable():
