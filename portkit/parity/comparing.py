@@ -181,7 +181,10 @@ class Comparing:
 
     def _diagnose(self, diagnosis: Diagnosis, one: Recording) -> None:
         for site, ours in (*one.unequal.items(), *one.misshapen.items(), *one.apart.items()):
-            if judge(self.ledger.site(site)).verdict is Verdict.diverged:
+            verdict = judge(self.ledger.site(site)).verdict
+            if verdict is Verdict.rounding:
+                diagnosis.rounding(site, one.run, ours)
+            elif verdict is Verdict.diverged:
                 diagnosis.culprit(site, one.run, ours, exact=site in one.apart)
         diagnosis.let_go(one.run)
 
@@ -190,7 +193,7 @@ class Comparing:
         if self.diagnosis is None:
             return {}
         judged = map(judge, self.ledger.sites.values())
-        return self.diagnosis.causes(one for one in judged if one.verdict is Verdict.diverged)
+        return self.diagnosis.causes(one for one in judged if one.verdict is not Verdict.exact)
 
     @torch.no_grad()
     def run(self, one: Pass) -> None:

@@ -128,7 +128,8 @@ class Embedding:
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
         whole = scene.facts.parameters[self.weight]
-        h = scene.upcast(F.embedding(scene.one.input_ids, whole))
+        input_ids = scene.one.input_ids  # beyond a smaller table a token has the first row
+        h = scene.upcast(F.embedding(input_ids.where(input_ids < len(whole), 0), whole))
         if self.scale is None:
             return h
         for _ in range(self.times):
