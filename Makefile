@@ -1,6 +1,8 @@
 # `make demo` and `make test` are all that a fresh machine needs; they build .venv on first use.
 
 PYTHON ?= python3
+# How many tests run at a time; a file's tests stay together.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/portkit demo
 
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 test-all: $(STAMP)
 	$(BIN)/pytest

@@ -146,17 +146,9 @@ def read_multimodal_config(reader: ConfigReader) -> Llama4Config:
     text.pin("model_type", "llama4_text", because="no other language model is known in this place")
     config = read_config(text)
     text.finish()
-    reader.pin(
-        "tie_word_embeddings",
-        config.tie_word_embeddings,
-        because="text_config says whether the head is tied",
-    )
-    reader.bookkeeping(
-        "vision_config",
-        "boi_token_index",
-        "eoi_token_index",
-        "image_token_index",
-    )
+    tied = config.tie_word_embeddings
+    reader.pin("tie_word_embeddings", tied, because="text_config says whether the head is tied")
+    reader.bookkeeping("vision_config", "boi_token_index", "eoi_token_index", "image_token_index")
     return config
 
 
@@ -332,9 +324,8 @@ class Llama4(CausalLM):
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of the language model alone, out of a multimodal one."""
-    outer = ("torch_dtype", "dtype")
     return {
-        **{key: config[key] for key in outer if key in config},
+        **{key: config[key] for key in ("torch_dtype", "dtype") if key in config},
         **config["text_config"],
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
@@ -372,11 +363,10 @@ SITES = (
     Site("model.embed_tokens", "batch position channel"),
     Site("model#{table=cos|sin}", "batch position channel"),
     Site("model.layers.{layer}.input_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
+    Site("model.layers.{layer}.self_attn.{proj=q|k|v|o}_proj", "batch position channel"),
     Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
     Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
     Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn.o_proj", "batch position channel"),
     Site("model.layers.{layer}.self_attn", "batch position channel"),
     Site("model.layers.{layer}.post_attention_layernorm", "batch position channel"),
     Site(f"{_FEED_FORWARD}.{{proj=gate|up|down}}_proj", "batch position channel"),

@@ -36,7 +36,8 @@ TEXT = """# Faults
 Written by `tools/write_fault_rates.py` from what it measured; not by hand. Mistakes that real ports
 make are planted in ours, by code that shares nothing with the catalogue's edits of the reference
 (`parity_tests/faults/planted`), in tiny checkpoints that turn on what a fault needs
-(`parity_tests/faults/stages.py`), and held against the reference with the default probe.
+(`parity_tests/faults/stages.py`), and held against the reference with the default probe
+(loader faults with the quick one: parameters are compared before anything runs).
 *Caught*: the exact gate does not pass. *Placed*: the first site that is not exact is the one where
 the mistake was made. *Named*: its cause, told first, is the fault.
 
@@ -173,7 +174,9 @@ def misses(rows: list[Row]) -> Iterator[str]:
 def page(rows: dict[str, Row], possible: list[Stage], impossible: list[Impossible]) -> str:
     measured = [rows[one.name] for one in possible if one.name in rows]
     pairs = [rows[f"pair {seed}"] for seed in range(NUM_PAIRS) if f"pair {seed}" in rows]
-    dtypes = " and ".join(sorted({row["dtype"] for row in measured}))
+    counts = Counter(row["dtype"] for row in measured)
+    of = Counter(one.dtype for one in possible)
+    dtypes = ", ".join(f"{name}: {counts[name]} of {of[name]}" for name in sorted(of))
     return TEXT.format(
         measured=len(measured),
         possible=len(possible),

@@ -46,8 +46,7 @@ judge = truth.Truth.judge
 def judged(self, recordings):
     global largest
     for one in recordings:
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for t in one.trace.values()}
+        held = {t.data_ptr(): t.nbytes for t in one.trace.values()}
         largest = max(largest, sum(held.values()))
     return judge(self, recordings)
 

@@ -53,7 +53,12 @@ RELEASED = {
     "Llama 4 Scout": Released(
         "meta-llama__Llama-4-Scout-17B-16E-Instruct",
         1,
-        {"num_local_experts": 2, "vocab_size": 4093, "attention_chunk_size": 128},
+        {
+            "num_local_experts": 2,
+            "vocab_size": 4093,
+            "pad_token_id": None,
+            "attention_chunk_size": 128,
+        },
     ),
     "Llama 3.2 1B": Released("meta-llama__Llama-3.2-1B-Instruct", 2),
     "Command R7B": Released(

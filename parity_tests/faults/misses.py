@@ -1,13 +1,26 @@
-"""Why some planted faults are missed: what is known of each, in one sentence."""
+"""Why some planted faults are not named: what is known of each, in one clause."""
 
 from __future__ import annotations
 
+_CLOSER = (
+    "one cast fewer than the reference: closer to the truth, and so `rounding`; causes are told of "
+    "what diverged"
+)
 NOT_NAMED: dict[str, str] = {
     "rope.theta": "a base of 10,000 for the full layers is also the local layers' table",
-    "rope.yarn_truncate": "Gemma's reference takes no notice of `truncate` by layer type: it "
-    "cannot be made to do what the port did",
-    "attention.window_pattern_shifted": "at its first site, a layer's tables, it is what the "
-    "exchange of two layer types is",
-    "norm.epsilon (by a ten-thousandth)": "no porter's value: the catalogue tries the usual ones",
+    "attention.norm_after_rotation": "its first site is the norm's input, where the catalogue has "
+    "no edit; it has one of the query behind it",
+    "attention.window_pattern_shifted": "of the one layer where it shows first, the two are the "
+    "same mistake",
+    "norm.pre_for_post (pre)": "its first site is a norm's input, and the sum that is given to it "
+    "here is none of the catalogue's",
+    "norm.pre_for_post (post)": "its first site lacks the residual as well: of that site alone "
+    "both are true",
+    "norm.weight_before_cast": _CLOSER,
+    "precision.rotation_upcast": _CLOSER,
+    "precision.residual_upcast": _CLOSER,
+    "precision.mlp_product_upcast": _CLOSER,
+    "precision.scores_upcast": _CLOSER,
+    "precision.softmax_weights_upcast": _CLOSER,
 }
 """By planting: caught and placed, and yet another cause is told, or none."""

@@ -10,6 +10,7 @@ import torch
 
 from parity_tests.faults.everyday import GATES, passed
 from parity_tests.faults.planted import PLANTINGS
+from portkit.parity.faults.catalogue import CATALOGUE
 from portkit.parity.probe import Probe, chain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,3 +51,13 @@ def test_each_gate_says_yes_and_no() -> None:
     assert [*passed(probe, [theirs * 1.05], [theirs])] == loose
     assert [*passed(probe, [theirs * 1.2], [theirs])] == loose[:2]
     assert [*passed(probe, [-theirs], [theirs])] == []
+
+
+def test_the_page_of_faults_has_every_one_of_the_catalogue() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    listed = re.findall(
+        r"^\| (\w+\.\w+) \| .+ \| .+ \|$", page.partition("## The catalogue")[2], re.M
+    )
+    assert listed == [one.id for one in CATALOGUE]
+    assert "not explained yet" not in page
+    assert "not caught" not in page

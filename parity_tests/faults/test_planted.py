@@ -1,4 +1,4 @@
-"""Every mistake that is planted in a port is caught, and found where it was made."""
+"""Every mistake that is planted in a port is caught, found where it was made, and named."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from parity_tests.faults.judging import Finding, Judging, checkpoints_in
+from parity_tests.faults.misses import NOT_NAMED
 from parity_tests.faults.planted import PLANTINGS
 from parity_tests.faults.stages import FAMILIES, OWN, Stage, stages
 from portkit.parity.judge import Verdict
@@ -62,7 +63,7 @@ def check(stage: Stage, found: Finding) -> None:
 
 
 @pytest.mark.parametrize(("name", "family", "dtype", "kind"), SAMPLE)
-def test_a_sample_is_caught_and_placed(
+def test_a_sample_is_caught_placed_and_named(
     name: str,
     family: str,
     dtype: str,
@@ -73,9 +74,20 @@ def test_a_sample_is_caught_and_placed(
     stage = all_stages[name, family, dtype]
     found = judging.judge(stage)
     check(stage, found)
+    check_named(stage, found)
     assert found.first is not None
     assert found.first.kind == kind
     assert found.comparison.verdict is (Verdict.diverged if kind else Verdict.rounding)
+
+
+def check_named(stage: Stage, found: Finding) -> None:
+    """The cause that is told first is the fault; what rounds better has none."""
+    assert found.first is not None
+    cause = found.comparison.causes.get(found.first.site)
+    if found.first.verdict is Verdict.diverged and stage.planting.name not in NOT_NAMED:
+        assert cause is not None
+        assert cause.name == stage.planting.fault
+        assert cause.explains > 0.9
 
 
 def every_stage() -> Iterator[tuple[str, str, str]]:
@@ -88,7 +100,7 @@ def every_stage() -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "family", "dtype"), [*every_stage()])
-def test_every_fault_is_caught_and_placed(
+def test_every_fault_is_caught_placed_and_named(
     name: str,
     family: str,
     dtype: str,
@@ -98,7 +110,9 @@ def test_every_fault_is_caught_and_placed(
     stage = all_stages.get((name, family, dtype))
     if stage is None:
         pytest.skip(f"not possible in {family}: docs/faults.md says why")
-    check(stage, judging.judge(stage))
+    found = judging.judge(stage)
+    check(stage, found)
+    check_named(stage, found)
 
 
 def test_every_fault_is_planted_somewhere_or_nowhere_for_a_reason(judging: Judging) -> None:
@@ -131,4 +145,6 @@ def test_what_is_called_harmless_changes_no_bit(family: str, judging: Judging) -
 def test_the_ports_are_exact_where_nothing_is_planted(
     checkpoint: str, kernel: str, dtype: str, judging: Judging
 ) -> None:
-    assert judging.clean(checkpoint, dtype, kernel).verdict is Verdict.exact
+    clean = judging.clean(checkpoint, dtype, kernel)
+    assert clean.verdict is Verdict.exact
+    assert clean.causes == {}

@@ -79,6 +79,16 @@ def test_a_right_port_has_no_cause(judging: Judging) -> None:
         assert judging.clean(checkpoint, dtype, "sdpa").causes == {}
 
 
+def test_rounding_has_a_cause_only_where_a_fault_gives_its_very_bits(judging: Judging) -> None:
+    found = diagnosed(judging, "norm.weight_before_cast", "llama", "bfloat16")
+    assert found.verdict == "rounding"
+    assert {one.name for one in found.causes.values()} == {"norm.weight_before_cast"}
+    loaded = judging.load("llama", "bfloat16", "eager")
+    found = held(judging, loaded, "llama", "bfloat16")  # against the reference's fused kernel
+    assert found.verdict == "rounding"
+    assert found.causes == {}
+
+
 def test_two_mistakes_at_one_site_are_both_named(judging: Judging) -> None:
     """An epsilon of 1e-3 in a norm without its offset: either alone leaves most of it."""
     loaded = judging.load("gemma3", "float32", "sdpa")

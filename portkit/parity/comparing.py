@@ -15,6 +15,7 @@ from torch import Tensor
 
 from portkit.errors import PortError
 from portkit.parity.diagnose import Cause, Diagnosis, is_observed
+from portkit.parity.heap import large_tensors_mapped, release_freed_memory
 from portkit.parity.judge import Verdict, judge
 from portkit.parity.kill import KillMatrix
 from portkit.parity.ledger import (
@@ -37,7 +38,6 @@ from portkit.parity.local import (
     recorder,
     taught,
 )
-from portkit.parity.precision import release_freed_memory
 from portkit.parity.probe import Pass, Probe
 from portkit.parity.result import Comparison, NotVerified
 from portkit.parity.sites import QKV, CannotRun, Side, SiteTable, parameters_of, watching
@@ -63,12 +63,13 @@ def compare(
     comparing = Comparing(port, reference, table, probe)
     comparing.matrix = matrix
     comparing.parameters()
-    for group in groups(probe):
-        for one in group:
-            tell(one.name)
-            comparing.run(one)
-        tell(f"{group[-1].name} in float64")
-        comparing.judge()
+    with large_tensors_mapped():
+        for group in groups(probe):
+            for one in group:
+                tell(one.name)
+                comparing.run(one)
+            tell(f"{group[-1].name} in float64")
+            comparing.judge()
     if (reason := comparing.unseen.nothing_ran()) is not None:
         raise PortError(f"nothing was compared: {reason}")
     sites = comparing.ledger.sites
@@ -176,10 +177,14 @@ class Comparing:
             for one in self._recordings:
                 self._diagnose(self.diagnosis, one)
         self._recordings.clear()
+        release_freed_memory()
 
     def _diagnose(self, diagnosis: Diagnosis, one: Recording) -> None:
         for site, ours in (*one.unequal.items(), *one.misshapen.items(), *one.apart.items()):
-            if judge(self.ledger.site(site)).verdict is Verdict.diverged:
+            verdict = judge(self.ledger.site(site)).verdict
+            if verdict is Verdict.rounding:
+                diagnosis.rounding(site, one.run, ours)
+            elif verdict is Verdict.diverged:
                 diagnosis.culprit(site, one.run, ours, exact=site in one.apart)
         diagnosis.let_go(one.run)
 
@@ -188,7 +193,7 @@ class Comparing:
         if self.diagnosis is None:
             return {}
         judged = map(judge, self.ledger.sites.values())
-        return self.diagnosis.causes(one for one in judged if one.verdict is Verdict.diverged)
+        return self.diagnosis.causes(one for one in judged if one.verdict is not Verdict.exact)
 
     @torch.no_grad()
     def run(self, one: Pass) -> None:

@@ -24,7 +24,7 @@ from portkit.parity.faults.recipe import Cookbook, Recipe
 from portkit.parity.faults.scene import Facts, Scene, Scenes, in_layer, layer_of, template
 from portkit.parity.faults.wiring import PARAMETER
 from portkit.parity.general import Tendencies
-from portkit.parity.judge import Judgement
+from portkit.parity.judge import Judgement, Verdict
 from portkit.parity.kill import NEEDS, Fed
 from portkit.parity.local import Trace
 from portkit.parity.probe import Pass, Probe
@@ -33,6 +33,8 @@ from portkit.parity.sites import Side, SiteTable
 from portkit.parity.trying import EXPLAINED, NUM_ROWS, Trying, of_parameter
 
 _MOST_PASSES, _MOST_FORMS, _MOST_PAIRS = 3, 14, 400
+_MOST_ROUNDING = 2
+"""Layers in which rounding of one kind is looked into."""
 _PAIR_LEAVES = 0.01
 """Of what a single fault leaves unexplained, the most that a pair may leave."""
 _KEPT, _TOLD = 12, 3
@@ -111,6 +113,7 @@ class Diagnosis:
         self._scenes: dict[str, Scene] = {}
         self._evidence: dict[str, _Evidence] = {}
         self._seen: list[str] = []
+        self._rounding: dict[str, set[str]] = {}
         self._tried: dict[str, set[tuple[str, ...]]] = {}
         """By a site's template, the faults that explained it in another layer."""
 
@@ -139,7 +142,16 @@ class Diagnosis:
         evidence.tendencies.add_parameter(port[:NUM_ROWS], reference[:NUM_ROWS])
 
     @torch.no_grad()
-    def culprit(self, site: str, one: Pass, port: Tensor, exact: bool = False) -> None:
+    def rounding(self, site: str, one: Pass, port: Tensor) -> None:
+        """What the port had where it differs by rounding: told only what gives its very bits."""
+        self._rounding.setdefault(template(site), set()).add(site)
+        if len(self._rounding[template(site)]) <= _MOST_ROUNDING:
+            self.culprit(site, one, port, pairs=False)
+
+    @torch.no_grad()
+    def culprit(
+        self, site: str, one: Pass, port: Tensor, exact: bool = False, pairs: bool = True
+    ) -> None:
         """What the port had where it differs in a pass; `exact`: some rows in float64."""
         scene = self._scenes[one.name]
         evidence = self._evidence.setdefault(site, _Evidence())
@@ -164,7 +176,7 @@ class Diagnosis:
         for each in kept:
             each.scores.append(trying.score(each.recipe))
         kept = kept + self._fitted(trying, evidence)
-        if max((each.explains for each in kept), default=0.0) < trying.enough:
+        if pairs and max((each.explains for each in kept), default=0.0) < trying.enough:
             kept = kept + self._pairs(scene, site, trying, kept)
         evidence.hypotheses = kept
         explained = {
@@ -222,8 +234,14 @@ class Diagnosis:
 
     def causes(self, culprits: Iterable[Judgement]) -> dict[str, Cause]:
         """The cause of each culprit, by its site."""
-        culprits = list(culprits)
-        explained = {one.site: self._explaining(one.site) for one in culprits}
+        judged = list(culprits)
+        rounding = {one.site for one in judged if one.verdict is Verdict.rounding}
+        explained = {one.site: self._explaining(one.site) for one in judged}
+        culprits = [
+            one
+            for one in judged
+            if one.site not in rounding or any(h.explains >= 1 for h in explained[one.site])
+        ]
         counts = Counter(
             name
             for best in explained.values()

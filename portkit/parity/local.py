@@ -26,19 +26,21 @@ def recorder(trace: Trace) -> Visit:
     """A visitor that keeps a clone of everything: in-place operations may follow."""
     known: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
+    # No function here calls itself: it would hold all that it has cloned until a collection.
     def cloned(tensor: Tensor) -> Tensor:
-        # One tensor is often several sites, as a norm's output is three inputs.
-        base = tensor._base
-        if base is not None and (whole := cloned(base)).stride() == base.stride():
-            offset = tensor.storage_offset() - base.storage_offset()
-            return whole.as_strided(tensor.shape, tensor.stride(), offset)
         found = known.get(id(tensor))
         if found is None or found[0]() is not tensor or found[1] != tensor._version:
             found = known[id(tensor)] = weakref.ref(tensor), tensor._version, tensor.clone()
         return found[2]
 
     def visit(name: str, tensor: Tensor) -> Tensor:
-        trace[name] = cloned(tensor)
+        # One tensor is often several sites, as a norm's output is three inputs.
+        base = tensor._base
+        if base is not None and (whole := cloned(base)).stride() == base.stride():
+            offset = tensor.storage_offset() - base.storage_offset()
+            trace[name] = whole.as_strided(tensor.shape, tensor.stride(), offset)
+        else:
+            trace[name] = cloned(tensor)
         return tensor
 
     return visit

@@ -7,10 +7,9 @@ works under `no_grad`; under `inference_mode` nothing would be intercepted, sile
 
 from __future__ import annotations
 
-import ctypes
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,16 +110,6 @@ class _Upcasts:
                 return wide
         self._made.append((narrow, narrow.double()))
         return self._made[-1][1]
-
-
-def release_freed_memory() -> None:
-    """Give back to the system what was freed, where the C library keeps it (glibc).
-
-    Float64 activations come and go in sizes that leave holes: without this a comparison keeps
-    twice the memory that it uses.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

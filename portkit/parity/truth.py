@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from portkit.parity.distances import Distances
+from portkit.parity.heap import release_freed_memory
 from portkit.parity.ledger import Ledger, SiteAccount, rows, squares_of
 from portkit.parity.local import Call, Calls, Recording, Trace, block_modules, recorder
 from portkit.parity.precision import (
     casts_lifted,
     held_in_float64,
-    release_freed_memory,
     rows_in_float64,
 )
 from portkit.parity.sites import QKV, Side, SiteTable, Visit, additive, watching

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from portkit.parity.distances import Distances
+from portkit.parity.heap import release_freed_memory
 from portkit.parity.judge import SAME_FUNCTION
 from portkit.parity.ledger import LOGITS, Ledger, rows, squares_of
 from portkit.parity.local import Recording, Trace, fitted
@@ -22,7 +23,6 @@ from portkit.parity.precision import (
     casts_lifted,
     held_in_float64,
     ran_out_of_memory,
-    release_freed_memory,
 )
 from portkit.parity.sites import CannotRun, Side, SiteTable, watching
 
