@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from parity_tests.benchmarks.conftest import Comparison
 from parity_tests.benchmarks.test_opening import record, say
-from portkit.loading import load
+from portkit.loading import load, materialize
+from portkit.parity import comparing, sides
 from portkit.parity.logits import run_all
 from portkit.parity.precision import held_in_float64
 from portkit.parity.probe import Probe
@@ -83,6 +85,59 @@ def test_a_proof_against_its_bare_forwards(
     assert verdict == "exact"
     found = Comparison(benchmark.stats.stats.median, bare())
     record(benchmark, "`portkit parity` in a running process", "its bare passes", 1.6, found)
+
+
+def test_the_kill_matrix_in_reference_forwards(
+    benchmark: BenchmarkFixture, released_size: Path
+) -> None:
+    """What every applicable fault adds to a proof; a forward is the reference's, of the probe."""
+    torch.set_num_threads(1)
+    probe = default_probe(load(released_size, device="cpu").model)
+    reference = load_reference(released_size, torch.bfloat16)
+    added: list[float] = []
+
+    def in_turn() -> None:
+        spent = {}
+        for faults in ("off", "full"):
+            started = time.perf_counter()
+            result = prove(Question(released_size, faults=faults))
+            spent[faults] = time.perf_counter() - started
+        assert result.teeth is not None
+        assert result.teeth.survived == ()
+        added.append(spent["full"] - spent["off"])
+
+    benchmark.pedantic(in_turn, rounds=1)
+    forward = seconds(reference, probe)
+    found = Comparison(max(0.0, added[0]), forward)
+    record(benchmark, "the full kill matrix", "a forward of the reference", 40, found)
+
+
+def test_a_cause_within_a_proof(
+    benchmark: BenchmarkFixture, released_size: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proof that finds and names one fault, against one that finds it and asks no further."""
+    torch.set_num_threads(1)
+
+    def planted(*arguments: Any, **options: Any) -> Any:
+        loaded = materialize(*arguments, **options)
+        loaded.model.get_submodule("model.layers.3.input_layernorm").eps = 1e-5
+        return loaded
+
+    monkeypatch.setattr(sides, "materialize", planted)
+    spent = {}
+
+    def in_turn() -> None:
+        for names_it in (False, True):
+            monkeypatch.setattr(comparing, "is_observed", lambda _, names_it=names_it: names_it)
+            started = time.perf_counter()
+            result = prove(Question(released_size, faults="off"))
+            spent[names_it] = time.perf_counter() - started
+            (cause,) = [one.causes for one in result.comparisons]
+            assert [one.name for one in cause.values()] == ["norm.epsilon"] * names_it
+
+    benchmark.pedantic(in_turn, rounds=1)
+    found = Comparison(spent[True], spent[False])
+    record(benchmark, "a proof that names a fault", "one that does not", 1.5, found)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for its peak")
