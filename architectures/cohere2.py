@@ -35,6 +35,7 @@ class Cohere2Config:
     """The keys of `config.json` that the forward pass depends on."""
 
     vocab_size: int
+    pad_token_id: int | None
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -57,8 +58,10 @@ def read_config(reader: ConfigReader) -> Cohere2Config:
     hidden_size = reader.size("hidden_size")
     max_positions = reader.size("max_position_embeddings", 8192)
     num_layers = reader.size("num_hidden_layers", maximum=4096)
+    vocab_size = reader.size("vocab_size", 256000)
     config = Cohere2Config(
-        vocab_size=reader.size("vocab_size", 256000),
+        vocab_size=vocab_size,
+        pad_token_id=reader.padding_row(vocab_size, 0),
         hidden_size=hidden_size,
         intermediate_size=reader.size("intermediate_size"),
         num_hidden_layers=num_layers,
@@ -148,7 +151,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Cohere2Config, kernel: str) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layer_types = config.layer_types
         self.windows = {FULL: None, SLIDING: config.sliding_window}
         self.rotary_emb = InterleavedRotaryEmbedding(config.head_dim, config.rope_parameters)

@@ -41,6 +41,7 @@ class Gemma3Config:
     """The keys of `config.json` that the forward pass depends on."""
 
     vocab_size: int
+    pad_token_id: int | None
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -69,8 +70,10 @@ def read_config(reader: ConfigReader) -> Gemma3Config:
         scaled=FULL,
         max_position_embeddings=max_positions,
     )
+    vocab_size = reader.size("vocab_size", 262208)
     config = Gemma3Config(
-        vocab_size=reader.size("vocab_size", 262208),
+        vocab_size=vocab_size,
+        pad_token_id=reader.padding_row(vocab_size, 0),
         hidden_size=reader.size("hidden_size"),
         intermediate_size=reader.size("intermediate_size"),
         num_hidden_layers=num_layers,
@@ -184,7 +187,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Gemma3Config, kernel: str) -> None:
         super().__init__()
         size = config.hidden_size
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, size, size**0.5)
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, size, size**0.5, config.pad_token_id)
         self.layer_types = config.layer_types
         self.windows = {FULL: None, SLIDING: config.sliding_window}
         self.rotary_emb = nn.ModuleDict(

@@ -50,6 +50,7 @@ class Llama4Config:
     """The keys of `config.json` that the forward pass depends on."""
 
     vocab_size: int
+    pad_token_id: int | None
     hidden_size: int
     intermediate_size: int
     """Of an expert."""
@@ -82,8 +83,10 @@ def read_config(reader: ConfigReader) -> Llama4Config:
     num_layers = reader.size("num_hidden_layers", maximum=4096)
     rope_layers = read_rope_layers(reader, num_layers)
     kinds = reader.words("layer_types", num_layers, (FULL, CHUNKED))
+    vocab_size = reader.size("vocab_size")
     config = Llama4Config(
-        vocab_size=reader.size("vocab_size"),
+        vocab_size=vocab_size,
+        pad_token_id=reader.padding_row(vocab_size),
         hidden_size=reader.size("hidden_size"),
         intermediate_size=reader.size("intermediate_size"),
         intermediate_size_mlp=reader.size("intermediate_size_mlp", 16384),
@@ -268,7 +271,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Llama4Config, kernel: str) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.rotary_emb = PolarRotaryEmbedding(config.head_dim, config.rope_parameters)
         self.layers = nn.ModuleList(
             Layer(config, number, kernel) for number in range(config.num_hidden_layers)

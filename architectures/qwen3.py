@@ -32,6 +32,7 @@ class Qwen3Config:
     """The keys of `config.json` that the forward pass depends on."""
 
     vocab_size: int
+    pad_token_id: int | None
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -50,8 +51,10 @@ class Qwen3Config:
 def read_config(reader: ConfigReader) -> Qwen3Config:
     max_positions = reader.size("max_position_embeddings", 32768)
     num_layers = reader.size("num_hidden_layers", maximum=4096)
+    vocab_size = reader.size("vocab_size")
     config = Qwen3Config(
-        vocab_size=reader.size("vocab_size"),
+        vocab_size=vocab_size,
+        pad_token_id=reader.padding_row(vocab_size),
         hidden_size=reader.size("hidden_size"),
         intermediate_size=reader.size("intermediate_size"),
         num_hidden_layers=num_layers,
@@ -137,7 +140,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Qwen3Config, kernel: str) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_parameters)
         self.layers = nn.ModuleList(Layer(config, kernel) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -36,6 +36,7 @@ class Qwen3MoeConfig:
     """The keys of `config.json` that the forward pass depends on."""
 
     vocab_size: int
+    pad_token_id: int | None
     hidden_size: int
     intermediate_size: int
     moe_intermediate_size: int
@@ -65,8 +66,10 @@ def read_config(reader: ConfigReader) -> Qwen3MoeConfig:
     slides = reader.flag("use_sliding_window", False)
     window = reader.size("sliding_window", 4096, minimum=2)
     num_experts, num_choices = read_experts(reader)
+    vocab_size = reader.size("vocab_size")
     config = Qwen3MoeConfig(
-        vocab_size=reader.size("vocab_size"),
+        vocab_size=vocab_size,
+        pad_token_id=reader.padding_row(vocab_size),
         hidden_size=hidden_size,
         intermediate_size=reader.size("intermediate_size"),
         moe_intermediate_size=reader.size("moe_intermediate_size", 768),
@@ -200,7 +203,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Qwen3MoeConfig, kernel: str) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_parameters)
         self.layers = nn.ModuleList(
             Layer(config, i in config.sparse_layers, kernel)

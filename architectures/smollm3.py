@@ -29,6 +29,7 @@ class SmolLM3Config:
     """The keys of `config.json` that the forward pass depends on."""
 
     vocab_size: int
+    pad_token_id: int | None
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -53,8 +54,10 @@ def read_config(reader: ConfigReader) -> SmolLM3Config:
     max_positions = reader.size("max_position_embeddings", 32768)
     num_layers = reader.size("num_hidden_layers", maximum=4096)
     no_rope_layers = read_no_rope_layers(reader, num_layers)
+    vocab_size = reader.size("vocab_size")
     config = SmolLM3Config(
-        vocab_size=reader.size("vocab_size"),
+        vocab_size=vocab_size,
+        pad_token_id=reader.padding_row(vocab_size, 128004),
         hidden_size=hidden_size,
         intermediate_size=reader.size("intermediate_size"),
         num_hidden_layers=num_layers,
@@ -146,7 +149,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: SmolLM3Config, kernel: str) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_parameters)
         self.layers = nn.ModuleList(
             Layer(config, kernel, rotates) for rotates in config.no_rope_layers

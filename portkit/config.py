@@ -112,6 +112,21 @@ class ConfigReader:
             raise self._wrong(key, value, f"between {minimum} and {maximum}")
         return value
 
+    def padding_row(self, vocab_size: int, default: int | None = None) -> int | None:
+        """`pad_token_id` as a row of the embedding, which gets no gradient; None: there is none.
+
+        A negative one counts from the end. `default` is what the family takes where the key is
+        absent; null says that there is none.
+        """
+        value = self._value("pad_token_id")
+        if value is None:
+            value = None if "pad_token_id" in self.raw else default
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise self._wrong("pad_token_id", value, "an integer")
+        if value is None or not -vocab_size <= value < vocab_size:
+            return None  # no row of this embedding
+        return value % vocab_size
+
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         """A number above zero, as a float; `default` where the key is absent or null."""
         value = self._value(key)

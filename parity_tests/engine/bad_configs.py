@@ -127,9 +127,17 @@ CONFIG_FILE = [
 ]
 
 CONFIG_VALUES = [
-    Case("model_type missing", config({"model_type": GONE}), ("model_type is missing", "llama, q")),
+    Case(
+        "model_type missing",
+        config({"model_type": GONE}),
+        ("model_type is missing", "llama, llama4"),
+    ),
     Case("model_type a list", config({"model_type": ["llama"]}), ("model_type", "not a word")),
-    Case("model_type unknown", config({"model_type": "gpt2"}), ("'gpt2'", "supported", "llama, q")),
+    Case(
+        "model_type unknown",
+        config({"model_type": "gpt2"}),
+        ("'gpt2'", "supported", "llama, llama4"),
+    ),
     Case(
         "unknown key that matters",
         config({"attention_multiplier": 0.5}),

@@ -100,6 +100,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 8,
         "laurel_rank": 4,
     },
+    "gemma3n": {
+        "model_type": "gemma3n",
+        "text_config": {
+            "model_type": "gemma3n_text",
+            **_SIZES,
+            "sliding_window": 8,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 29,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+        },
+        "vision_config": {"hidden_size": 16},
+        "audio_config": {"hidden_size": 16},
+    },
     "llama4_text": {"model_type": "llama4_text", **_CHOOSING},
     "llama4": {
         "model_type": "llama4",

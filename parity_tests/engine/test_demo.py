@@ -20,7 +20,7 @@ from portkit.parity.probe import Pass, Probe
 from portkit.parity.result import Comparison, ParityResult
 
 CHECKPOINT = Path(portkit.__file__).parent / "demo_checkpoint"
-STORY = "Once upon a time, there was a little fox named Leo."
+STORY = "Once upon a time, there was a little piglet named Finn."
 
 
 @pytest.fixture(scope="module")

@@ -162,6 +162,8 @@ def test_an_interrupted_stream_ends_its_line() -> None:
         "    if len(count) == 5: signal.raise_signal(signal.SIGINT)\n"
         "    return greedy(self, tokens)\n"
         "Session.greedy = counted\n"
+        # What a shell starts in the background ignores Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "main(sys.argv[1:])"
     )
     done = subprocess.run(

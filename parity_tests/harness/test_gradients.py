@@ -79,6 +79,20 @@ def test_every_gradient_is_exact(
     }
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["gemma3 shallow", "smollm3", "cohere2"])
+def test_what_is_padded_with_takes_no_gradient(
+    name: str, dtype: torch.dtype, tiny_checkpoint: CheckpointMaker
+) -> None:
+    loaded = opened(tiny_checkpoint(name, torch.float32), dtype)
+    ids = token_ids(loaded.config.vocab_size)
+    ids[0, 4] = loaded.config.pad_token_id
+    assert is_exact(run(loaded, ids))
+    loaded.model.model.embed_tokens.padding_idx = None
+    found = run(loaded, ids)
+    assert found.places == ("model.embed_tokens.weight",)
+
+
 def test_of_a_multimodal_checkpoint_the_language_models(tmp_path: Path) -> None:
     save_tiny_multimodal(tmp_path, torch.float32)
     loaded = opened(tmp_path, torch.float32)

@@ -162,7 +162,11 @@ SUITE = f"""
 def test_a_suite_of_somebodys_own(tmp_path: Path) -> None:
     (tmp_path / "test_port.py").write_text(dedent(SUITE))
     command = [sys.executable, "-m", "pytest", "-q", "--parity-report", "reports"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    # Where pytest finds itself in a CI job, its summary repeats each message in full.
+    environment = {key: one for key, one in os.environ.items() if key not in ("CI", "BUILD_NUMBER")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     out = done.stdout
     assert done.returncode == 1, out + done.stderr
     assert "3 failed, 1 passed" in out
