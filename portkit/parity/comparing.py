@@ -15,7 +15,7 @@ from torch import Tensor
 
 from portkit.errors import PortError
 from portkit.parity.diagnose import Cause, Diagnosis, is_observed
-from portkit.parity.heap import large_tensors_mapped, release_freed_memory
+from portkit.parity.heap import release_freed_memory
 from portkit.parity.judge import Verdict, judge
 from portkit.parity.kill import KillMatrix
 from portkit.parity.ledger import (
@@ -63,13 +63,12 @@ def compare(
     comparing = Comparing(port, reference, table, probe)
     comparing.matrix = matrix
     comparing.parameters()
-    with large_tensors_mapped():
-        for group in groups(probe):
-            for one in group:
-                tell(one.name)
-                comparing.run(one)
-            tell(f"{group[-1].name} in float64")
-            comparing.judge()
+    for group in groups(probe):
+        for one in group:
+            tell(one.name)
+            comparing.run(one)
+        tell(f"{group[-1].name} in float64")
+        comparing.judge()
     if (reason := comparing.unseen.nothing_ran()) is not None:
         raise PortError(f"nothing was compared: {reason}")
     sites = comparing.ledger.sites
