@@ -35,7 +35,12 @@ def main() -> None:
             train(Inputs(**inputs), Recipe(**recipe), Path(folder), Habits(**habits), watch)
         except KeyboardInterrupt:
             assert stop
+    # Together, and without taking the interpreter down: a rank whose peer has gone first can abort
+    # in gloo's threads, with its work done.
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
