@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from portkit.parity.judge import Judgement, Verdict, judge, relative
 from portkit.parity.ledger import Distance, PassRecord, SiteAccount, squares_of
 from portkit.parity.precision import LiftedCasts, held_in_float64
 from portkit.parity.reference import Reference, by_name
 from portkit.parity.result import worst
-from portkit.parity.sites import PortSide, SiteTable, watching
+from portkit.parity.sites import PortSide, SiteTable, parameters_of, watching
 
 PASS = "backward"
 LEARNING_RATE = 1e-2
@@ -108,12 +108,11 @@ def _gradients(side: Side, input_ids: Tensor) -> Gradients:
     return dict(zip(named, found, strict=True))
 
 
-def _named(side: Side) -> dict[str, nn.Parameter]:
+def _named(side: Side) -> dict[str, Tensor]:
     """Parameters by the text model's names, a tied one once."""
-    found: dict[nn.Parameter, str] = {}
-    for name, module in side.module_sites().items():
-        for own, parameter in module.named_parameters(recurse=False):
-            found.setdefault(parameter, f"{name}.{own}")
+    found: dict[Tensor, str] = {}
+    for name, parameter in parameters_of(side).items():
+        found.setdefault(parameter, name)
     return {name: parameter for parameter, name in found.items()}
 
 
