@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from portkit.architecture import CausalLM
+from portkit.decoding.bound import Bound
 from portkit.decoding.caches import StaticCache
 from portkit.decoding.compiler import Recipe
 from portkit.decoding.head import ExactHead
@@ -70,16 +71,17 @@ class FastModel:
         """The step for caches of these kinds; traced, and its weights placed, at the first one."""
         return self._step(cache.batch).cut(cache.kind_of_layer, masked=masked)
 
-    def weight(self, one: Weight, batch: int) -> Tensor:
-        """The tensor that a program's argument stands for."""
-        placed = self._placed.get(one)
-        return self._step(batch).constants[one.names[0]] if placed is None else placed
-
-    def function(self, region: Region) -> Function:
-        """What runs a region as torch runs it."""
+    def bind(self, region: Region, batch: int) -> Bound:
+        """A region of `program` with its weights, and what runs it as torch runs it."""
+        constants = self._step(batch).constants
+        weights = {
+            one: self._placed[one] if one in self._placed else constants[one.names[0]]
+            for one in region.arguments
+            if isinstance(one, Weight)
+        }
         if region.code not in self._functions:
             self._functions[region.code] = _as_torch_runs_it(region.graph)
-        return self._functions[region.code]
+        return Bound(region, weights, self._functions[region.code])
 
     def compiled(self, recipes: Sequence[Recipe], *, wait: bool) -> list[Function] | None:
         """The recipes' functions; None where they are not to be had, or not yet."""
