@@ -22,6 +22,7 @@ from portkit.architecture import CausalLM
 from portkit.decoding.bound import Bound
 from portkit.decoding.caches import StaticCache
 from portkit.decoding.compiler import Recipe
+from portkit.decoding.device_session import DeviceSession
 from portkit.decoding.head import ExactHead
 from portkit.decoding.lowering import Program, Region, Step, Weight
 from portkit.decoding.memory import Arena, check_memory, padded_bytes
@@ -58,13 +59,15 @@ class FastModel:
 
     def start(
         self, prompts: Sequence[Sequence[int]], room: int, largest: int | None = None
-    ) -> Session:
+    ) -> Session | DeviceSession:
         """Rows of prompts (token ids), padded on the left, each with up to `room` tokens to come.
 
         `largest`: how many of the largest logits matter, 1 for greedy decoding; None is all. Of
         fewer, with a single row, they are found by the exact head once it is ready.
         Raises GenerationError where the caches do not fit into memory.
         """
+        if self.device.type == "cuda":
+            return DeviceSession(self, prompts, room)
         return Session(self, prompts, room, largest)
 
     def program(self, cache: StaticCache, *, masked: bool) -> Program:
@@ -125,17 +128,21 @@ class FastModel:
     def _place(self, weights: Sequence[Weight], held: dict[str, Tensor]) -> None:
         """Copy the weights to where they stream well, and let the model's parameters be views."""
         parts = {one: [held[name].data for name in one.names] for one in weights}
+        stack: Callable[[Sequence[Tensor]], Tensor] = _concatenate
         if self.device.type == "cpu":
             sizes = [padded_bytes(sum(part.nbytes for part in group)) for group in parts.values()]
             check_memory(sum(sizes), "the weights")
-            arena = Arena(sum(sizes))
-            self._placed = {one: arena.stack(group) for one, group in parts.items()}
-        else:
-            self._placed = {one: torch.cat(group) for one, group in parts.items()}
-        for one, whole in self._placed.items():
-            views = torch.split(whole, [len(held[name]) for name in one.names])
+            stack = Arena(sum(sizes)).stack
+        for one in weights:
+            # One after the other: on a device what has been stacked makes room for the next.
+            self._placed[one] = stack(parts.pop(one))
+            views = torch.split(self._placed[one], [len(held[name]) for name in one.names])
             for name, view in zip(one.names, views, strict=True):
                 held[name].data = view
+
+
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _as_torch_runs_it(graph: fx.Graph) -> Function:

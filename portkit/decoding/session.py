@@ -209,7 +209,10 @@ class _Step:
             if num_filled != self._num_filled[index]:
                 self._num_filled[index] = num_filled
                 changed.add(index)
-        masks = [kind.mask(past, self._pads) for kind in self._cache.kinds] if self._masked else []
+        masks = []
+        if self._masked:
+            kinds = zip(self._cache.kinds, self._num_filled, strict=True)
+            masks = [kind.mask(past, self._pads, num_filled) for kind, num_filled in kinds]
         for region in self._regions:
             for place, one in region.kept:
                 if one.what == "mask":
