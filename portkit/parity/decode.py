@@ -20,7 +20,14 @@ from torch import Tensor
 
 from portkit.architecture import CausalLM
 from portkit.generation.loop import ReadableBatch
-from portkit.parity.fast_ways import FastWays, MakePackages, reasons, run_fast, wrapped_tokens
+from portkit.parity.fast_ways import (
+    WRAPPED,
+    FastWays,
+    MakePackages,
+    reasons,
+    run_fast,
+    wrapped_tokens,
+)
 from portkit.parity.feeding import (
     DECODED,
     STEPWISE,
@@ -89,6 +96,8 @@ class Cell:
     parting: Parting | None = None
     reasons: tuple[str, ...] = ()
     """Why it cannot be equal in every bit."""
+    unasked: str | None = None
+    """Why a way of the fast path was not asked for its function."""
     not_run: str | None = None
 
     def holds(self, gate: str) -> bool:
@@ -140,32 +149,40 @@ def decode_matrix(
             logits = logits_by_side(PortSide(model, len(text.ids)), text, way, device)
         cells.append(judge(way, way, logits))
     fast = run_fast(model, text, packages, tell)
-    cells += _fast_cells(judge, fast, text, lambda *a, **k: reasons(model, text, *a, **k))
+    cells += _fast_cells(judge, fast, model, text)
     return Matrix(str(reference.dtype).removeprefix("torch."), text, tuple(cells))
 
 
-def _fast_cells(
-    judge: _Judge, fast: FastWays, text: Text, why: Callable[..., tuple[str, ...]]
-) -> list[Cell]:
+def _fast_cells(judge: _Judge, fast: FastWays, model: CausalLM, text: Text) -> list[Cell]:
+    if fast.refused is not None:
+        return [Cell("fast path", None, not_run=fast.refused)]
     cells = []
     for way, name in FAST.items():
-        if fast.refused is not None:
-            cells.append(Cell(name, None, not_run=fast.refused))
-            continue
-        exact = fast.in_float64.get(way)
-        cells.append(replace(judge(name, way, fast.logits[way], exact), reasons=why(way)))
-    if fast.refused is not None:
-        return [*cells, Cell(COMPILED, None, not_run=fast.refused)]
-    if text.leaves_a_window:
-        part, exact = wrapped_tokens(text), fast.in_float64.get(DECODED)
-        ring = judge(RING, DECODED, fast.logits[DECODED], exact, part)
-        cells.insert(1, replace(ring, reasons=why(DECODED)))
-    else:
-        cells.insert(1, Cell(RING, None, not_run=_no_ring(text)))
+        cells.append(judge(name, way, fast.logits[way], fast.in_float64.get(way)))
+        if way == DECODED and text.leaves_a_window:
+            part = wrapped_tokens(text)
+            cells.append(judge(RING, way, fast.logits[way], fast.in_float64.get(way), part))
+        elif way == DECODED:
+            cells.append(Cell(RING, None, not_run=_no_ring(text)))
+    # Where nothing but a ring may differ, nothing may before it has wrapped.
+    excused = {
+        name: why
+        for way, name in FAST.items()
+        if (why := reasons(model, text, way)) != (WRAPPED,) or judge.begins_equal(way, fast, text)
+    }
+    excused[RING] = excused.get(FAST[DECODED], ())
+    cells = [_told(one, excused.get(one.way, ()), fast.unasked) for one in cells]
     if fast.compiled is None:
         return [*cells, Cell(COMPILED, None, not_run=fast.not_compiled)]
     compiled = judge(COMPILED, DECODED, fast.compiled)
-    return [*cells, replace(compiled, reasons=why(DECODED, compiled=True))]
+    why = reasons(model, text, DECODED, compiled=True)
+    return [*cells, _told(compiled, why)]
+
+
+def _told(cell: Cell, why: tuple[str, ...], unasked: str | None = None) -> Cell:
+    """With what it needs to be told of it: nothing excuses, where nothing differs."""
+    differs = cell.verdict not in (None, Verdict.exact)
+    return replace(cell, reasons=why if differs else (), unasked=unasked)
 
 
 def _no_ring(text: Text) -> str:
@@ -267,6 +284,11 @@ class _Judge:
             int((logits.argmax(-1) == theirs.argmax(-1)).sum()),
             parting,
         )
+
+    def begins_equal(self, way: str, fast: FastWays, text: Text) -> bool:
+        """Whether a way of the fast path equals the reference until a ring wraps."""
+        before = slice(wrapped_tokens(text).start)
+        return torch.equal(fast.logits[way][before], self._measured.theirs[way][before])
 
     def _number_of(self, logits: Tensor) -> int:
         for number, known in enumerate(self._known):

@@ -17,6 +17,7 @@ from torch import Tensor
 from portkit.architecture import CausalLM
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages
+from portkit.decoding.session import Session
 from portkit.errors import GenerationError
 from portkit.nn.attention import MAX_GROUPED_HEAD_DIM, EagerAttention, SdpaAttention
 from portkit.nn.rope import RotaryEmbedding
@@ -25,6 +26,7 @@ from portkit.parity.precision import casts_lifted, held_in_float64, ran_out_of_m
 
 MakePackages = Callable[[Callable[[str], None]], Packages]
 """Makes the folder of compiled regions, given what takes lines for people."""
+WRAPPED = "a ring that has wrapped sums over its keys in another order"
 _ROTARY_MARGIN = 512
 """The fast path makes its tables a few hundred positions ahead."""
 
@@ -80,7 +82,7 @@ def reasons(model: CausalLM, text: Text, way: str, *, compiled: bool = False) ->
     """Why a way of the fast path cannot equal the readable path fed likewise in every bit."""
     found = []
     if text.leaves_a_window:
-        found.append("a ring that has wrapped sums over its keys in another order")
+        found.append(WRAPPED)
     if way != PADDED and _groups_heads(model):
         found.append("the heads of a group are one call of the kernel")
     if compiled:
@@ -115,7 +117,7 @@ def _run_compiled(
     fast = FastModel(model, make_packages(said.append))
     session = fast.start(prompts_of(text, DECODED), text.num_compared)
     logits = logits_by_engine(session, text, DECODED, fast.device, wait=True)
-    if session.is_compiled:
+    if isinstance(session, Session) and session.is_compiled:
         found.compiled = logits
     else:
         found.not_compiled = said[0] if said else f"no region is compiled for {fast.device.type}"
@@ -126,7 +128,7 @@ def _groups_heads(model: CausalLM) -> bool:
     """Whether torch's kernel is left to group the query heads of a key head."""
     grouped = []
 
-    def look(kernel: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+    def look(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
         query, key = given[:2]
         grouped.append(key.shape[1] < query.shape[1] and query.shape[3] <= MAX_GROUPED_HEAD_DIM)
 
@@ -139,14 +141,16 @@ def _groups_heads(model: CausalLM) -> bool:
 
 
 @torch.no_grad()
-def _tables_in_its_dtype(model: CausalLM, length: int) -> Callable[[], AbstractContextManager[None]]:
+def _tables_in_its_dtype(
+    model: CausalLM, length: int
+) -> Callable[[], AbstractContextManager[None]]:
     """A context in which rotary tables have the values that they have now, whatever is asked for.
 
     In float64 they would be others: what the truth is given are the tables as they are rounded.
     """
     first = next(model.parameters())
     positions = torch.arange(length, device=first.device)[None]
-    kept = {
+    kept: dict[torch.nn.Module, Any] = {
         module: module(positions, first.dtype)
         for module in model.modules()
         if isinstance(module, RotaryEmbedding)

@@ -1,4 +1,4 @@
-"""One text, fed in every way that a decoder is fed: whole, in chunks, token by token, beside others.
+"""One text, fed in every way that a decoder is: whole, in chunks, token by token, beside others.
 
 The text crosses the window, or the attention chunk, of the model's layers. Every way gives the
 logits of the same last tokens of the same row, so that all can be held against one truth. Knows
@@ -58,8 +58,12 @@ class Text:
 
     @property
     def leaves_a_window(self) -> bool:
-        """Whether a compared token no longer sees the first one, in some layer."""
-        return any(self.num_before(window) < self.num_compared for window in self.windows)
+        """The same in any layer's."""
+        return any(map(self.leaves, self.windows))
+
+    def leaves(self, window: int) -> bool:
+        """Whether a compared token no longer sees the first one in such a window."""
+        return self.num_before(window) < self.num_compared
 
     def rows(self, way: str) -> list[tuple[int, ...]]:
         """All rows of a way that decodes; the last is the text."""
