@@ -287,7 +287,8 @@ class _Judge:
 
     def begins_equal(self, way: str, fast: FastWays, text: Text) -> bool:
         """Whether a way of the fast path equals the reference until a ring wraps."""
-        before = slice(wrapped_tokens(text).start)
+        num_pads = max(map(len, text.rows(way))) - len(text.ids)  # which take slots too
+        before = slice(max(0, wrapped_tokens(text).start - num_pads))
         return torch.equal(fast.logits[way][before], self._measured.theirs[way][before])
 
     def _number_of(self, logits: Tensor) -> int:

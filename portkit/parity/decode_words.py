@@ -44,7 +44,7 @@ def _matrix(matrix: Matrix) -> list[str]:
     rows = [_row(cell, numbers) for cell in matrix.cells]
     lines = table([_HEADINGS, *rows]).splitlines()
     return [
-        f"{matrix.dtype}: a prompt of {given.prompt} tokens and {steps} more{''.join(across)}",
+        f"{matrix.dtype}: a prompt of {given.prompt} token{'s' * (given.prompt > 1)} and {steps} more{''.join(across)}",
         *(f"  {line}" for line in lines),
         *(f"  [{number}] {reason}" for reason, number in numbers.items()),
     ]
