@@ -101,7 +101,7 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--golden", "x.safetensors"], "leave --golden out"),
         (["--out", "report"], "leave --out out"),
         (["--tokens", str(empty)], "an empty prompt"),
-        (["--prompt", "Once " * 3000], "cannot be decoded behind"),
+        (["--prompt", "Once " * 3000], "outside a context of 256"),
     ):
         with pytest.raises(SystemExit) as exit_:
             main(["parity", DEMO, "--decode", *options])

@@ -43,8 +43,9 @@ def _matrix(matrix: Matrix) -> list[str]:
             numbers.setdefault(reason, len(numbers) + 1)
     rows = [_row(cell, numbers) for cell in matrix.cells]
     lines = table([_HEADINGS, *rows]).splitlines()
+    prompt = f"{given.prompt} token{'s' if given.prompt > 1 else ''}"
     return [
-        f"{matrix.dtype}: a prompt of {given.prompt} token{'s' * (given.prompt > 1)} and {steps} more{''.join(across)}",
+        f"{matrix.dtype}: a prompt of {prompt} and {steps} more{''.join(across)}",
         *(f"  {line}" for line in lines),
         *(f"  [{number}] {reason}" for reason, number in numbers.items()),
     ]
