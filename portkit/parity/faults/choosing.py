@@ -15,7 +15,7 @@ from torch import Tensor
 
 from portkit.parity.faults.scene import Scene
 from portkit.parity.routing import logits_before
-from portkit.parity.sites import EXPERTS
+from portkit.parity.sites import EXPERTS, choice_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ def choices(scene: Scene, site: str) -> Iterator[Choice]:
         for form in ("softmax", "sigmoid", "chosen"):
             for normalised in (False, True):
                 yield Choice(logits, count, form, normalised)
+
+
+def is_router(scene: Scene, site: str) -> bool:
+    """Whether a choice of experts is made by what this module computes."""
+    choice = choice_of(site)
+    return choice in scene.trace and logits_before(choice, scene.trace) == site
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,8 @@ def mixtures(scene: Scene, site: str) -> Iterator[Mixture]:
     hidden_size = scene.facts.config.hidden_size
     forms = [held[0].shape[2] == hidden_size, held[0].shape[1] != hidden_size]
     logits = logits_before(f"{block}{EXPERTS}", scene.trace)
-    shared = next((n for n in (f"{block}.shared_expert",) if n in scene.trace), None)
+    alone = site != block or f"{block}.shared_expert" not in scene.trace
+    shared = None if alone else f"{block}.shared_expert"
     for as_linear in sorted({*forms}):
         for weighs in ("output", "input"):
             yield Mixture(block, f"{logits}:in", as_linear, weighs, shared)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from portkit.parity.faults.choosing import Choice, Mixture
+from portkit.parity.faults.choosing import Choice, Mixture, is_router
 from portkit.parity.faults.fault import Edit, Fault, Place, on
+from portkit.parity.faults.modules import Linear
 
 
 def _form(of: str, by: str) -> Edit:
@@ -37,6 +38,11 @@ def _weighs(of: str, by: str) -> Edit:
 def _shared_lost(mixture: Mixture, place: Place) -> Iterator[Mixture]:
     if mixture.shared is not None:
         yield replace(mixture, shared=None)
+
+
+def _wide_logits(linear: Linear, place: Place) -> Iterator[Linear]:
+    if is_router(place.scene, place.site):
+        yield replace(linear, upcast=True)
 
 
 FAULTS = (
@@ -129,5 +135,11 @@ FAULTS = (
         "rounds after each expert that it adds",
         "sum a token's experts at once, in float32, and round once",
         on(Mixture, lambda mixture, _: (replace(mixture, one_by_one=True),)),
+    ),
+    Fault(
+        "experts.router_logits_in_float32",
+        "computes the router's logits in float32",
+        "multiply in the model's dtype, and upcast what comes of it",
+        on(Linear, _wide_logits),
     ),
 )

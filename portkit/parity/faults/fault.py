@@ -28,6 +28,10 @@ class Place:
         """What the reference does at another site."""
         return self.book.recipe(self.scene, site)
 
+    def is_known(self, site: str) -> bool:
+        """Whether what the reference does at a site can be told."""
+        return site in self.scene.trace or self.book.knows(site)
+
     @property
     def facts(self) -> Facts:
         return self.book.facts

@@ -121,8 +121,9 @@ class Rotation:
     """What is rotated: the norm of heads where there is one, else the projection."""
     heads: int
     style: str = "half"
-    """half: channel i with i + d/2; pairs: with its neighbour, kept in place; parted: its
-    neighbour, the two halves then side by side; polar: its neighbour, as a complex number; none."""
+    """half: channel i with i + d/2; halved: so, by tables laid out for neighbours; pairs: with its
+    neighbour, kept in place; neighbours: so, by tables laid out for it; parted: its neighbour, the
+    two halves then side by side; polar: its neighbour, as a complex number; none."""
     upcast: bool = False
     sign: float = 1.0
     tables: Tables | None = None
@@ -171,20 +172,26 @@ class Rotation:
         if self.style == "polar":
             if cos.shape[-1] != half:
                 return x  # not made for it
-            paired = x.float().contiguous().view(*x.shape[:-1], half, 2)
-            numbers = torch.view_as_complex(paired)
-            turned = torch.view_as_real(numbers * torch.complex(cos.float(), sin.float()))
+            # Laid out by token, as the reference has it: that decides the products' last bits.
+            by_token = x.transpose(1, 2).float().contiguous()
+            numbers = torch.view_as_complex(by_token.view(*by_token.shape[:-1], half, 2))
+            turns = torch.complex(cos.float(), sin.float()).transpose(1, 2)
+            turned = torch.view_as_real(numbers * turns).transpose(1, 2)
             return turned.flatten(-2).to(dtype)
         if cos.shape[-1] == half:  # of one angle a pair
-            cos, sin = (torch.cat((one, one), -1).to(dtype) for one in (cos, sin))
+            cos, sin = (torch.cat((one, one), -1) for one in (cos, sin))
+            cos, sin = (cos, sin) if self.upcast else (cos.to(dtype), sin.to(dtype))
         if self.upcast:
             x, cos, sin = x.float(), cos.float(), sin.float()
-        if self.style == "half":
+        if self.style == "halved":
+            cos, sin = (torch.cat((one[..., ::2], one[..., ::2]), -1) for one in (cos, sin))
+        if self.style in {"half", "halved"}:
             turned = torch.cat((-x[..., half:], x[..., :half]), -1)
             return (x * cos + turned * sin).to(dtype)
-        if self.style == "pairs":
+        if self.style in {"pairs", "neighbours"}:
             turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-            cos, sin = (one[..., :half].repeat_interleave(2, -1) for one in (cos, sin))
+            if self.style == "pairs":
+                cos, sin = (one[..., :half].repeat_interleave(2, -1) for one in (cos, sin))
             return (x * cos + turned * sin).to(dtype)
         parted = torch.cat((x[..., ::2], x[..., 1::2]), -1)
         turned = torch.cat((-parted[..., half:], parted[..., :half]), -1)
@@ -283,7 +290,7 @@ def rotations(scene: Scene, site: str) -> Iterator[Rotation]:
     heads = scene.given(site).shape[1]
     normed = f"{attention}.{letter}_norm"
     source = normed if normed in scene.trace else f"{attention}.{letter}_proj"
-    for style in ("half", "pairs", "parted"):
+    for style in ("half", "pairs", "neighbours", "parted"):
         for upcast in (False, True):
             yield Rotation(source, heads, style, upcast)
     yield Rotation(source, heads, "none")
