@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from portkit.checkpoint import Checkpoint
 from portkit.errors import OutOfMemory, PortkitError
 from portkit.loading import Blueprint, draw, open_checkpoint, resolve_device, resolve_dtype
 from portkit.parity.comparing import Tell, compare
@@ -24,6 +25,7 @@ from portkit.parity.probe import Probe, check_fits
 from portkit.parity.probing import default_probe, training_batch, unexercised
 from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
+from portkit.parity.sharing import share_parameters
 from portkit.parity.sides import Given, Sides, make_sides
 from portkit.parity.sites import CannotRun, PortSide, SiteTable
 from portkit.parity.teeth import Teeth, chosen, merged
@@ -78,14 +80,15 @@ class _Prepared:
 
 def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     """Answer it. `tell` is given a line for each step. Raises a `PortkitError` on bad input."""
-    asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
+    checkpoint = open_checkpoint(question.repo, question.revision)
+    asked = resolve_dtype(question.dtype, checkpoint)
     with memory_watched():
-        result = _prove_in(question, asked, tell)
+        result = _prove_in(question, checkpoint, asked, tell)
         if asked != CARE and question.is_made:
             unseen = NotVerified("care in bfloat16", f"the model was given in {_word(asked)}")
             result = replace(result, not_verified=(*result.not_verified, unseen))
         elif asked != CARE:
-            beside = _care(question, tell)
+            beside = _care(question, checkpoint, tell)
             known = {one.name for one in result.not_verified}
             further = (one for one in beside.not_verified if one.name not in known)
             result = replace(
@@ -96,24 +99,25 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     fates = [one.fates for one in result.comparisons]
     if question.faults == "off" or not any(fates):
         return result
-    found = merged(fates, _draw(question).config)
+    found = merged(fates, _draw(question, checkpoint).config)
     return replace(result, teeth=found, not_verified=(*result.not_verified, *_uncaught(found)))
 
 
 def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Teeth]:
     """What the question's probe would have caught, without running the port."""
-    asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
+    checkpoint = open_checkpoint(question.repo, question.revision)
+    asked = resolve_dtype(question.dtype, checkpoint)
     fates, probes = [], []
     with memory_watched():
         for dtype in dict.fromkeys((asked, CARE)):
-            prepared = _prepare(question, dtype, tell)
+            prepared = _prepare(question, checkpoint, dtype, tell)
             reference, probe = prepared.sides.reference, prepared.probe
             assert isinstance(reference, Reference), "nothing else stands in its place"
             probe = probe if dtype == asked else _care_probe(probe)
             table, moved = _table(question, prepared), _moved(question, probe)
             fates.append(kill_matrix(reference, table, moved, question.gate, tell))
             probes.append(probe)
-    return probes[0], merged(fates, _draw(question).config)
+    return probes[0], merged(fates, _draw(question, checkpoint).config)
 
 
 def _uncaught(found: Teeth) -> Iterator[NotVerified]:
@@ -127,9 +131,11 @@ def _uncaught(found: Teeth) -> Iterator[NotVerified]:
             yield NotVerified(f"config: {each.field}", f"no difference would be seen: {each.by}")
 
 
-def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResult:
+def _prove_in(
+    question: Question, checkpoint: Checkpoint, dtype: torch.dtype, tell: Tell
+) -> ParityResult:
     """The answer in the dtype that was asked for."""
-    prepared = _prepare(question, dtype, tell)
+    prepared = _prepare(question, checkpoint, dtype, tell)
     found = _compare(question, prepared, tell)
     generation, unheard = None, []
     if question.layers is None:
@@ -156,9 +162,9 @@ def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResul
     )
 
 
-def _care(question: Question, tell: Tell) -> Comparison:
+def _care(question: Question, checkpoint: Checkpoint, tell: Tell) -> Comparison:
     """Again in bfloat16; of a complete probe the passes that run every module, near and far."""
-    prepared = _prepare(question, CARE, tell)
+    prepared = _prepare(question, checkpoint, CARE, tell)
     return _compare(question, replace(prepared, probe=_care_probe(prepared.probe)), tell)
 
 
@@ -169,9 +175,11 @@ def _care_probe(probe: Probe) -> Probe:
     return Probe("bfloat16", passes or probe.passes)
 
 
-def _prepare(question: Question, dtype: torch.dtype, tell: Tell) -> _Prepared:
+def _prepare(
+    question: Question, checkpoint: Checkpoint, dtype: torch.dtype, tell: Tell
+) -> _Prepared:
     tell(f"load in {_word(dtype)}")
-    blueprint = _draw(question)
+    blueprint = _draw(question, checkpoint)
     probe = question.choose_probe(blueprint)
     config = blueprint.config
     check_fits(probe, config.vocab_size, config.max_position_embeddings)
@@ -183,8 +191,7 @@ def _prepare(question: Question, dtype: torch.dtype, tell: Tell) -> _Prepared:
     return _Prepared(blueprint, sides, probe, prompt, num_tokens)
 
 
-def _draw(question: Question) -> Blueprint:
-    checkpoint = open_checkpoint(question.repo, question.revision)
+def _draw(question: Question, checkpoint: Checkpoint) -> Blueprint:
     blueprint = draw(checkpoint, question.attention, question.ignore_config)
     check_layers(question, blueprint.config.num_hidden_layers)
     return blueprint
@@ -202,6 +209,8 @@ def check_layers(question: Question, num_layers: int) -> None:
 def _compare(question: Question, prepared: _Prepared, tell: Tell) -> Comparison:
     sides, table = prepared.sides, _table(question, prepared)
     moved, matrix = _moved(question, prepared.probe), None
+    if sides.are_ours:
+        share_parameters(sides.port, sides.reference)
     if isinstance(sides.reference, Reference) and sides.are_ours:
         faults = chosen(question.faults)
         if faults:
