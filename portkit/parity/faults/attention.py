@@ -159,13 +159,18 @@ def _tempered_too(rotation: Rotation, place: Place) -> Iterator[Rotation]:
 
 
 def _norm_left_out(rotation: Rotation, place: Place) -> Iterator[Rotation]:
-    if rotation.norm_after is not None:
-        yield replace(rotation, norm_after=None)
+    if rotation.style == "done":
+        yield replace(rotation, source=f"{rotation.source}:in")
 
 
 def _norm_before(rotation: Rotation, place: Place) -> Iterator[Rotation]:
-    if rotation.norm_after is not None:
-        yield replace(rotation, norm_after=None, other_norm=rotation.norm_after)
+    """A norm that is given heads as they are projected, and what it makes is rotated."""
+    if rotation.style == "done":
+        inner = place.recipe(f"{rotation.source}:in")
+        if isinstance(inner, Rotation):
+            yield replace(rotation, style=inner.style, upcast=inner.upcast)
+    elif place.site.endswith(":in"):
+        yield replace(rotation, style="none")
 
 
 def _causal(by: int) -> Edit:
@@ -186,7 +191,9 @@ def _capped(kernel: Kernel, place: Place) -> Iterator[Kernel]:
 
 def _value_rotated(heads: Heads, place: Place) -> Iterator[Heads]:
     own = place.recipe(f"{place.facts.attention(place.site)}#key")
-    if isinstance(own, Rotation) and own.style != "none":
+    if isinstance(own, Rotation) and own.style == "done":
+        own = place.recipe(f"{own.source}:in")
+    if isinstance(own, Rotation) and own.turns:
         yield replace(heads, rotation=own)
 
 
@@ -370,6 +377,7 @@ FAULTS = (
         "does not normalise queries and keys after their rotation",
         "honour `use_qk_norm`",
         on(Rotation, _norm_left_out),
+        leaves_out=True,
     ),
     Fault(
         "attention.norm_before_rotation",

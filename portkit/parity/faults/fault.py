@@ -97,7 +97,7 @@ def on_tables(edit: Callable[[Tables, Place], Iterable[Recipe]]) -> Edit:
     def rotated(recipe: Rotation, place: Place) -> Iterable[Recipe]:
         attention = place.facts.attention(place.site)
         own = recipe.tables or place.recipe(f"{attention}:in.cos")
-        if isinstance(own, Tables) and recipe.style != "none":
+        if isinstance(own, Tables) and recipe.turns:
             for one in edit(own, place):
                 assert isinstance(one, Tables)
                 yield replace(recipe, tables=one)

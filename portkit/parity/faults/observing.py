@@ -59,6 +59,8 @@ def _functional(scene: Scene, site: str) -> Iterator[Recipe]:
         yield from choosing.choices(scene, site)
     elif role == "context":
         yield from attending.kernels(scene, site)
+    else:
+        yield from streaming.streams(scene, site)
 
 
 def _given_tables(scene: Scene, site: str) -> Iterator[Recipe]:
@@ -76,6 +78,8 @@ def _of_module(scene: Scene, site: str) -> Iterator[Recipe]:
     if module is None:  # an input
         if site.endswith(".down_proj:in"):
             yield from modules.products(scene, site)
+        if ".qk_norm" in site:
+            yield from rotary.rotations(scene, site)
         yield from wiring.connections(scene, site)
     elif choosing.is_router(scene, site) or site.endswith("_coefs"):
         yield modules.Linear(f"{site}.weight", None)

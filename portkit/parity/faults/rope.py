@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from portkit.parity.faults.fault import Edit, Fault, Place, either, on, on_tables
+from portkit.parity.faults.modules import Norm
 from portkit.parity.faults.rotary import Rotation, Tables, unscaled
 from portkit.parity.faults.scene import in_layer
 
@@ -114,7 +115,7 @@ def _neighbours(rotation: Rotation, place: Place) -> Iterator[Rotation]:
 
 
 def _halves(rotation: Rotation, place: Place) -> Iterator[Rotation]:
-    if rotation.style not in {"half", "none"}:
+    if rotation.turns and rotation.style != "half":
         for style in ("half", "halved"):
             yield from (replace(rotation, style=style, upcast=wide) for wide in (True, False))
 
@@ -128,11 +129,11 @@ def _paired(now: bool) -> Edit:
 
 
 def _turned(rotation: Rotation, place: Place) -> Iterable[Rotation]:
-    return () if rotation.style == "none" else (replace(rotation, sign=-rotation.sign),)
+    return (replace(rotation, sign=-rotation.sign),) if rotation.turns else ()
 
 
 def _not_rotated(rotation: Rotation, place: Place) -> Iterable[Rotation]:
-    return () if rotation.style == "none" else (replace(rotation, style="none"),)
+    return (replace(rotation, style="none"),) if rotation.turns else ()
 
 
 def _rotated_too(rotation: Rotation, place: Place) -> Iterator[Rotation]:
@@ -141,30 +142,41 @@ def _rotated_too(rotation: Rotation, place: Place) -> Iterator[Rotation]:
         for attention in place.facts.attentions:
             other = _of_attention(place, attention)
             if other is not None and other.style != "none":
-                yield _placed_as(rotation, other)
-                yield replace(_placed_as(rotation, other), temperature=rotation.temperature)
+                yield _placed_as(place, other)
+                yield _placed_as(place, other, tempered=False)
                 return
 
 
 def _of_attention(place: Place, attention: str) -> Rotation | None:
+    """How another layer treats the positions of its heads, with a norm that may follow."""
     site = attention + place.site[len(place.facts.attention(place.site)) :]
     found = place.recipe(site) if place.is_known(site) else None
+    if isinstance(found, Rotation) and found.style == "done":
+        inner, norm = place.recipe(f"{found.source}:in"), place.recipe(found.source)
+        assert isinstance(inner, Rotation), "what is done is done somewhere"
+        assert isinstance(norm, Norm), "and normalised"
+        return replace(inner, norm_after=norm, temperature=found.temperature)
     return found if isinstance(found, Rotation) else None
 
 
-def _placed_as(own: Rotation, other: Rotation) -> Rotation:
+def _placed_as(place: Place, other: Rotation, tempered: bool = True) -> Rotation:
     """Another layer's treatment of positions, of this layer's heads."""
-    return replace(other, source=own.source, heads=own.heads)
+    own = _of_attention(place, place.facts.attention(place.site))
+    assert own is not None, "it is edited"
+    temperature = other.temperature if tempered else own.temperature
+    return replace(other, source=own.source, heads=own.heads, temperature=temperature)
 
 
 def _shifted(rotation: Rotation, place: Place) -> Iterator[Rotation]:
     """A layer that does what the one before or behind it should."""
     attention = place.facts.attention(place.site)
+    if place.site.endswith(":in"):
+        return
     for layer in (place.layer or 0) - 1, (place.layer or 0) + 1:
         other = _of_attention(place, in_layer(attention, layer))
         if other is not None and (other.style == "none") != (rotation.style == "none"):
-            yield _placed_as(rotation, other)
-            yield replace(_placed_as(rotation, other), temperature=rotation.temperature)
+            yield _placed_as(place, other)
+            yield _placed_as(place, other, tempered=False)
 
 
 def _rounded(tables: Tables, place: Place) -> Iterable[Tables]:
@@ -339,6 +351,7 @@ FAULTS = (
         "(i + 1) % interval == 0",
         on(Rotation, _shifted),
         needs=("several tokens",),
+        leaves_out=True,
     ),
     Fault(
         "rope.tables_rounded",

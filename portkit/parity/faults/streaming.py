@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from portkit.parity.faults.modules import ACTIVATIONS
 from portkit.parity.faults.recipe import Recipe
 from portkit.parity.faults.scene import Facts, Scene, layer_of
-from portkit.parity.faults.wiring import is_layer_input
-
-ROUTER_NORM = "altup.router_norm"
+from portkit.parity.faults.wiring import Copy, Sum, is_layer_input
 
 
 def is_laurel(site: str) -> bool:
@@ -67,16 +65,20 @@ class Bounded:
 
 @dataclass(frozen=True)
 class StreamOf:
-    """One of several streams."""
+    """One of several streams, or the only one."""
 
     of: str
     stream: int
+    scale: str | None = None
+    """A parameter that it is multiplied by."""
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
         streams = scene.at(self.of)
-        if streams is None or streams.dim() != 4 or not self.stream < len(streams):
+        if streams is None or (streams.dim() == 4 and self.stream >= len(streams)):
             return None
-        return streams[self.stream]
+        one = streams[self.stream] if streams.dim() == 4 else streams
+        weight = None if self.scale is None else scene.parameter(self.scale)
+        return one if weight is None else one * weight
 
 
 @dataclass(frozen=True)
@@ -85,74 +87,65 @@ class Predicted:
 
     altup: str
     """`model.layers.3.altup`"""
-    streams: str
-    """What the layer was given."""
-    active: int
-    stream: int | None = None
-    """Which of them is asked for; None: all."""
     form: str = "right"
     """skipped: they stay as they are; transposed: the mixture's matrix is; alone: not added."""
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
-        streams, coefs = scene.at(self.streams), scene.at(f"{self.altup}.prediction_coefs")
-        if streams is None or coefs is None or streams.dim() != 4:
-            return None
-        if self.form != "skipped":
-            matrix = coefs.reshape(*coefs.shape[:-1], len(streams), len(streams))
-            matrix = matrix if self.form == "transposed" else matrix.transpose(-1, -2)
-            mixed = torch.matmul(streams.permute(1, 2, 3, 0), matrix).permute(3, 0, 1, 2)
-            streams = (mixed if self.form == "alone" else mixed + streams).contiguous()
-        return streams if self.stream is None else streams[self.stream]
+        streams = scene.at(f"{self.altup}#predict:in")
+        coefs = scene.at(f"{self.altup}.prediction_coefs")
+        if streams is None or coefs is None or self.form == "skipped":
+            return streams
+        matrix = coefs.reshape(*coefs.shape[:-1], len(streams), len(streams))
+        matrix = matrix if self.form == "transposed" else matrix.transpose(-1, -2)
+        mixed = torch.matmul(streams.permute(1, 2, 3, 0), matrix).permute(3, 0, 1, 2)
+        return (mixed if self.form == "alone" else mixed + streams).contiguous()
 
 
 @dataclass(frozen=True)
 class Corrected:
     """A layer's streams behind it: each moved by the active one's error, times its own factor."""
 
-    predicted: Predicted
-    stream: int | None = None
+    altup: str
+    active: int
     form: str = "right"
     """skipped: as predicted; active: the active one is replaced, and no other moved; without_one:
     factors are not counted from one."""
-    scale: str | None = None
-    """A parameter that the asked stream is multiplied by."""
-    added: str | None = None
-    """What is added to streams."""
-    added_to: str = "others"
-    """others: all but the first; all; inactive: all but the active one."""
-
-    @property
-    def altup(self) -> str:
-        """Where it is, by its modules."""
-        return self.predicted.altup
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
-        streams = self._streams(scene, site)
-        if streams is None:
-            return None
-        if self.added is not None and (h := scene.at(self.added)) is not None:
-            where = torch.ones(len(streams), dtype=torch.bool, device=h.device)
-            if self.added_to != "all":
-                where[0 if self.added_to == "others" else self.predicted.active] = False
-            streams = torch.where(where[:, None, None, None], streams + h, streams)
-        if self.stream is None:
-            return streams
-        weight = None if self.scale is None else scene.parameter(self.scale)
-        return streams[self.stream] if weight is None else streams[self.stream] * weight
-
-    def _streams(self, scene: Scene, site: str) -> Tensor | None:
-        predicted = self.predicted.run(scene, site)
-        activated = scene.at(f"{self.altup}.router_norm@2:in")
+        predicted = scene.at(f"{self.altup}#correct:in")
+        activated = scene.at(f"{self.altup}#correct:in.activated")
         coefs = scene.at(f"{self.altup}.correction_coefs")
         if self.form == "skipped" or predicted is None or activated is None or coefs is None:
             return predicted
+        if self.active >= len(predicted):
+            return None
         if self.form == "active":
             predicted = predicted.clone()
-            predicted[self.predicted.active] = activated
+            predicted[self.active] = activated
             return predicted
         coefs = coefs if self.form == "without_one" else coefs + 1.0
-        innovation = (activated - predicted[self.predicted.active]).repeat(len(predicted), 1, 1, 1)
+        innovation = (activated - predicted[self.active]).repeat(len(predicted), 1, 1, 1)
         return innovation * coefs.permute(2, 0, 1).unsqueeze(-1) + predicted
+
+
+@dataclass(frozen=True)
+class Added:
+    """Streams, to some of which a layer's own vector is added."""
+
+    streams: str
+    added: str
+    active: int
+    to: str = "others"
+    """others: all but the first; all; inactive: all but the active one; none."""
+
+    def run(self, scene: Scene, site: str) -> Tensor | None:
+        streams, added = scene.at(self.streams), scene.at(self.added)
+        if streams is None or added is None or streams.dim() != 4:
+            return None
+        where = torch.full((len(streams), 1, 1, 1), self.to != "none", device=added.device)
+        if self.to in {"others", "inactive"}:
+            where[0 if self.to == "others" else self.active] = False
+        return torch.where(where, streams + added, streams)
 
 
 @dataclass(frozen=True)
@@ -208,34 +201,43 @@ def _sized(x: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PerLayer:
-    """A layer's vector of each token, gated by the stream."""
+class OwnVector:
+    """A layer's own vector of each token: a looked-up and a projected one, added and scaled."""
 
-    gate: str
     number: int
     """Of the layer whose vector it is."""
-    table: str
+    table: str = "model.embed_tokens_per_layer"
     """Rows of the tokens, all layers side by side."""
-    projected: str
+    projected: str = "model.per_layer_projection_norm"
     """What is made of the embedding: (batch, tokens, layers, size)."""
-    activation: str
     scaled: bool = True
     """By 1 / sqrt(2), held in the model's dtype."""
     terms: str = "both"
     """both, table, or projected."""
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
-        gate, table = scene.at(self.gate), scene.at(self.table)
-        projected = scene.at(self.projected)
-        if gate is None or table is None or projected is None:
-            return None
-        if not 0 <= self.number < projected.shape[-2]:
+        table, projected = scene.at(self.table), scene.at(self.projected)
+        if table is None or projected is None or self.number >= projected.shape[-2]:
             return None
         p = projected[:, :, self.number]
         e = table.view(projected.shape)[:, :, self.number]
-        inputs = p + e if self.terms == "both" else e if self.terms == "table" else p
-        inputs = inputs * constant(scene, 2**-0.5) if self.scaled else inputs
-        return ACTIVATIONS[self.activation](gate) * inputs
+        vector = p + e if self.terms == "both" else e if self.terms == "table" else p
+        return vector * constant(scene, 2**-0.5) if self.scaled else vector
+
+
+@dataclass(frozen=True)
+class GatedVector:
+    """A layer's own vector, gated by the stream."""
+
+    gate: str
+    vector: str
+    activation: str
+
+    def run(self, scene: Scene, site: str) -> Tensor | None:
+        gate, vector = scene.at(self.gate), scene.at(self.vector)
+        if gate is None or vector is None:
+            return None
+        return ACTIVATIONS[self.activation](gate) * vector
 
 
 def streams(scene: Scene, site: str) -> Iterator[Recipe]:
@@ -250,16 +252,13 @@ def streams(scene: Scene, site: str) -> Iterator[Recipe]:
         yield Bounded(f"{module.rpartition('.')[0]}.{router}")
     elif role == "in" and module == "model.per_layer_projection_norm":
         projection = "model.per_layer_model_projection"
-        width = scene.trace.get(f"{projection}:in")
-        if width is not None:
-            yield Scaled(projection, float(width.shape[-1]) ** -0.5)
+        if (given := scene.trace.get(f"{projection}:in")) is not None:
+            yield Scaled(projection, float(given.shape[-1]) ** -0.5)
     elif role == "in":
         yield from _ends(scene, site, module)
-        yield from _inside(scene, module)
-    elif layer_of(site) is not None and scene.trace[site].dim() == 4:
-        layer, added = site, f"{site}.post_per_layer_input_norm"
-        for one in _predicted(scene, layer):
-            yield Corrected(one, added=added if added in scene.trace else None)
+    layer = layer_of(site)
+    if layer is not None:
+        yield from _in_layer(scene, site, f"model.layers.{layer}")
 
 
 def _projections(facts: Facts, way: str) -> tuple[str, ...]:
@@ -273,7 +272,7 @@ def _ends(scene: Scene, site: str, module: str) -> Iterator[Recipe]:
     others = _projections(scene.facts, "")
     if not others:
         return
-    if is_layer_input(site) and scene.trace[site].dim() == 4:
+    if is_layer_input(site) and layer_of(site) == 0:
         yield Spread("model.embed_tokens", others)
     back = _projections(scene.facts, "unembed_")
     last = f"model.layers.{scene.facts.num_layers - 1}"
@@ -283,34 +282,35 @@ def _ends(scene: Scene, site: str, module: str) -> Iterator[Recipe]:
         yield Gathered(last, back)
 
 
-def _predicted(scene: Scene, layer: str) -> Iterator[Predicted]:
-    given = scene.trace.get(f"{layer}:in")
-    if f"{layer}.{ROUTER_NORM}" in scene.trace and given is not None:
-        for active in range(len(given)):
-            yield Predicted(f"{layer}.altup", f"{layer}:in", active)
-
-
-def _inside(scene: Scene, module: str) -> Iterator[Recipe]:
-    """What modules of a layer with several streams are given."""
-    number = layer_of(module)
-    if number is None:
-        return
-    layer = f"model.layers.{number}"
-    for one in _predicted(scene, layer):
-        if module == f"{layer}.{ROUTER_NORM}":
-            yield StreamOf(f"{layer}:in", one.active)
-        elif module == f"{layer}.input_layernorm":
-            yield replace(one, stream=one.active)
-        elif module == f"{layer}.per_layer_input_gate":
-            weight = f"{layer}.altup.correct_output_scale"
-            for scale in (weight, None):
-                yield Corrected(one, one.active, scale=scale)
-    if module == f"{layer}.per_layer_projection":
+def _in_layer(scene: Scene, site: str, layer: str) -> Iterator[Recipe]:
+    """What stands within a layer, or is given to it beside the streams."""
+    if site == f"{layer}:in.per_layer_input":
+        yield OwnVector(layer_of(layer) or 0)
+    elif site == f"{layer}.per_layer_projection:in":
         for activation in ACTIVATIONS:
-            yield PerLayer(
-                f"{layer}.per_layer_input_gate",
-                number,
-                "model.embed_tokens_per_layer",
-                "model.per_layer_projection_norm",
-                activation,
-            )
+            vector = f"{layer}:in.per_layer_input"
+            yield GatedVector(f"{layer}.per_layer_input_gate", vector, activation)
+    if (given := scene.trace.get(f"{layer}.altup#predict:in")) is not None:
+        for active in range(len(given)):
+            if (found := _of_streams(site, layer, active)) is not None:
+                yield found
+
+
+def _of_streams(site: str, layer: str, active: int) -> Recipe | None:
+    altup = f"{layer}.altup"
+    weight = f"{altup}.correct_output_scale"
+    found: dict[str, Recipe] = {
+        f"{altup}#predict:in": Copy(f"{layer}:in"),
+        f"{altup}.router_norm:in": StreamOf(f"{altup}#predict:in", active),
+        f"{altup}#predict": Predicted(altup),
+        f"{layer}.input_layernorm:in": StreamOf(f"{altup}#predict", active),
+        f"{altup}#correct:in": Copy(f"{altup}#predict"),
+        f"{altup}#correct:in.activated": Sum(
+            (f"{layer}.pre_feedforward_layernorm:in", f"{layer}.post_feedforward_layernorm")
+        ),
+        f"{altup}.router_norm@2:in": Copy(f"{altup}#correct:in.activated"),
+        f"{altup}#correct": Corrected(altup, active),
+        f"{layer}.per_layer_input_gate:in": StreamOf(f"{altup}#correct", active, weight),
+        layer: Added(f"{altup}#correct", f"{layer}.post_per_layer_input_norm", active),
+    }
+    return found.get(site)

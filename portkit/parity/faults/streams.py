@@ -4,17 +4,19 @@ vectors that each layer has for each token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from portkit.parity.faults.fault import Edit, Fault, Place, either, on
 from portkit.parity.faults.modules import ACTIVATIONS, Embedding, Linear
 from portkit.parity.faults.recipe import Recipe
 from portkit.parity.faults.streaming import (
+    Added,
     Bounded,
     Corrected,
+    GatedVector,
     Gathered,
-    PerLayer,
+    OwnVector,
     Predicted,
     Scaled,
     Spread,
@@ -24,33 +26,40 @@ from portkit.parity.faults.streaming import (
 from portkit.parity.faults.wiring import Sum
 
 
-def _predicted(form: str) -> Edit:
-    """Other predictions, where the layer runs on one and where all are corrected."""
+def _instead(site: str, by: str) -> Edit:
+    """What is read of streams at one point is read at another."""
 
-    def corrected(one: Corrected, place: Place) -> Iterable[Corrected]:
-        return (replace(one, predicted=replace(one.predicted, form=form)),)
+    def of(one: StreamOf, place: Place) -> Iterator[StreamOf]:
+        if one.of.endswith(site):
+            yield replace(one, of=one.of.replace(site, by))
 
-    return either(
-        on(Predicted, lambda one, _: (replace(one, form=form),)),
-        on(Corrected, corrected),
-    )
+    def streams(one: Added, place: Place) -> Iterator[Added]:
+        if one.streams.endswith(site):
+            yield replace(one, streams=one.streams.replace(site, by))
 
-
-def _corrected(form: str) -> Edit:
-    return on(Corrected, lambda one, _: (replace(one, form=form),))
+    return either(on(StreamOf, of), on(Added, streams))
 
 
-def _no_output_scale(one: Corrected, place: Place) -> Iterator[Corrected]:
+def _formed(kind: type[Predicted] | type[Corrected], form: str) -> Edit:
+    return on(kind, lambda one, _: (replace(one, form=form),))
+
+
+def _no_output_scale(one: StreamOf, place: Place) -> Iterator[StreamOf]:
     if one.scale is not None:
         yield replace(one, scale=None)
 
 
-def _other_stream(one: StreamOf | Predicted, place: Place) -> Iterator[Recipe]:
-    if one.stream is None or (isinstance(one, StreamOf) and place.layer is None):
+def _other_stream(one: StreamOf | Corrected, place: Place) -> Iterator[Recipe]:
+    """Within layers; which streams are projected back at the end is no matter of the active one."""
+    if place.layer is None:
         return
-    given = place.scene.at(one.streams if isinstance(one, Predicted) else one.of)
-    for other in () if given is None else range(len(given)):
-        if other != one.stream:
+    of = f"{one.altup}#correct:in" if isinstance(one, Corrected) else one.of
+    given = place.scene.at(of)
+    own = one.active if isinstance(one, Corrected) else one.stream
+    for other in () if given is None or given.dim() != 4 else range(len(given)):
+        if other != own and isinstance(one, Corrected):
+            yield replace(one, active=other)
+        elif other != own and isinstance(one, StreamOf):
             yield replace(one, stream=other)
 
 
@@ -83,31 +92,22 @@ def _undivided(total: Sum, place: Place) -> Iterator[Sum]:
 
 
 def _gates(choose: Callable[[str], bool]) -> Edit:
-    def edit(one: PerLayer, place: Place) -> Iterator[PerLayer]:
+    def edit(one: GatedVector, place: Place) -> Iterator[GatedVector]:
         for other in ACTIVATIONS:
             if other != one.activation and choose(other):
                 yield replace(one, activation=other)
 
-    return on(PerLayer, edit)
+    return on(GatedVector, edit)
 
 
-def _other_slice(one: PerLayer, place: Place) -> Iterator[PerLayer]:
-    for number in (one.number - 1, one.number + 1, 0):
+def _other_slice(one: OwnVector, place: Place) -> Iterator[OwnVector]:
+    for number in (one.number - 1, one.number + 1, 0, place.facts.num_layers - 1):
         if number != one.number and 0 <= number < place.facts.num_layers:
             yield replace(one, number=number)
 
 
-def _added(to: str) -> Edit:
-    def edit(one: Corrected, place: Place) -> Iterator[Corrected]:
-        if one.added is not None:
-            yield replace(one, added_to=to)
-
-    return on(Corrected, edit)
-
-
-def _not_added(one: Corrected, place: Place) -> Iterator[Corrected]:
-    if one.added is not None:
-        yield replace(one, added=None)
+def _added(*ways: str) -> Edit:
+    return on(Added, lambda one, _: (replace(one, to=way) for way in ways))
 
 
 def _last_row(embedding: Embedding, place: Place) -> Iterator[Embedding]:
@@ -121,44 +121,50 @@ FAULTS = (
         "altup.predict_skipped",
         "runs a layer on its streams as they are, and not as they are predicted",
         "mix all streams by `prediction_coefs` first, and add them as they were",
-        _predicted("skipped"),
+        either(_formed(Predicted, "skipped"), _instead("#predict", "#predict:in")),
+        leaves_out=True,
     ),
     Fault(
         "altup.prediction_transposed",
         "mixes the predicted streams by the transposed matrix",
         "`prediction_coefs` gives a row for each stream that is made",
-        _predicted("transposed"),
+        _formed(Predicted, "transposed"),
     ),
     Fault(
         "altup.prediction_alone",
         "does not add the streams to their prediction",
         "a prediction is the mixture plus the stream itself",
-        _predicted("alone"),
+        _formed(Predicted, "alone"),
     ),
     Fault(
         "altup.correct_skipped",
         "does not correct the streams by what the layer made of the active one",
         "add the active stream's error, times each stream's coefficient, to the predictions",
-        either(_corrected("skipped"), _corrected("active")),
+        either(
+            _formed(Corrected, "active"),
+            _formed(Corrected, "skipped"),
+            _instead("#correct", "#predict"),
+            _instead("#correct", "#correct:in.activated"),
+        ),
         leaves_out=True,
     ),
     Fault(
         "altup.correction_without_one",
         "does not add 1 to the coefficients of the correction",
         "the factors are `correction_coefs` + 1",
-        _corrected("without_one"),
+        _formed(Corrected, "without_one"),
     ),
     Fault(
         "altup.output_scale_missing",
         "does not scale the corrected stream",
         "multiply it by `correct_output_scale` where `altup_correct_scale` is set",
-        on(Corrected, _no_output_scale),
+        on(StreamOf, _no_output_scale),
     ),
     Fault(
         "altup.active_index",
         "takes another stream for the active one",
         "read `altup_active_idx`, which counts from 0",
-        either(on(StreamOf, _other_stream), on(Predicted, _other_stream)),
+        either(on(StreamOf, _other_stream), on(Corrected, _other_stream)),
     ),
     Fault(
         "altup.coefs_clipped",
@@ -223,13 +229,13 @@ FAULTS = (
         "per_layer.wrong_slice",
         "gives a layer the vector of another",
         "of a token's row in `embed_tokens_per_layer` each layer has its own part, in their order",
-        on(PerLayer, _other_slice),
+        on(OwnVector, _other_slice),
     ),
     Fault(
         "per_layer.scale_missing",
         "does not scale the sum of both vectors that a layer has for a token",
         "multiply it by 1 / sqrt(2), rounded to the model's dtype",
-        on(PerLayer, lambda one, _: (replace(one, scaled=False),)),
+        on(OwnVector, lambda one, _: (replace(one, scaled=False),)),
     ),
     Fault(
         "per_layer.projection_scale_missing",
@@ -241,14 +247,14 @@ FAULTS = (
         "per_layer.projection_lost",
         "has the looked-up vectors alone",
         "add the embedding's normalised projection, `per_layer_model_projection`",
-        on(PerLayer, lambda one, _: (replace(one, terms="table"),)),
+        on(OwnVector, lambda one, _: (replace(one, terms="table"),)),
         leaves_out=True,
     ),
     Fault(
         "per_layer.table_lost",
         "has no looked-up vectors by layer",
         "add the token's row of `embed_tokens_per_layer`",
-        on(PerLayer, lambda one, _: (replace(one, terms="projected"),)),
+        on(OwnVector, lambda one, _: (replace(one, terms="projected"),)),
         leaves_out=True,
     ),
     Fault(
@@ -267,13 +273,13 @@ FAULTS = (
         "per_layer.added_to_all",
         "adds a layer's own vector to all streams, or to all but the active one",
         "add it to all streams but the first",
-        either(_added("all"), _added("inactive")),
+        _added("all", "inactive"),
     ),
     Fault(
         "per_layer.not_added",
         "does not add a layer's own vector to the streams",
         "add it to all streams but the first",
-        on(Corrected, _not_added),
+        _added("none"),
         leaves_out=True,
     ),
     Fault(
