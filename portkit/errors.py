@@ -38,6 +38,10 @@ class GenerationError(PortkitError):
     """Sampling options that contradict each other, or a prompt that does not fit the model."""
 
 
+class QuantizationError(PortkitError):
+    """A model that cannot be quantised in the way that was asked for."""
+
+
 class BenchError(PortkitError):
     """Something cannot be measured here: an engine does not start, or its package is missing."""
 

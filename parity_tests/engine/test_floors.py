@@ -26,6 +26,7 @@ FLOORS = {
     "portkit.gguf": 6,
     "portkit.slicing": 5,
     "portkit.loading": 4,
+    "portkit.quantizing": 4,
     "portkit.tokenizer": 4,
     "portkit.registry": 3,
     "architectures": 3,

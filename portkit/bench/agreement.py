@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from portkit.architecture import CausalLM
-from portkit.bench.engines import EAGER, EXACT, FAST, READABLE
+from portkit.bench.engines import EAGER, EXACT, FAST, QUANTIZED, READABLE
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages, default_folder
 from portkit.decoding.session import Session
 from portkit.generation.loop import Engine, ReadableBatch
+from portkit.quantizing import quantize
 
 Rows = Sequence[Sequence[int]]
 
@@ -82,7 +83,23 @@ def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dic
             near = _distance(logits, truth) <= _FLOOR_FACTOR * floor
             equal = torch.equal(logits, readable)
             found[engine] = "exact" if equal else "rounding" if near else "diverged"
+        elif engine in QUANTIZED:
+            found[engine] = _approximate(model, QUANTIZED[engine], readable, prompts, forced)
     return found
+
+
+def _approximate(
+    model: CausalLM, scheme: str, readable: Tensor, prompts: Rows, forced: Tensor
+) -> str:
+    """What a path that is another model by intent loses, on the tokens that the others are fed."""
+    other = copy.deepcopy(model)
+    quantize(other, scheme)
+    packages = Packages(default_folder(), lambda _: None)
+    logits = _logits(FastModel(other, packages).start(prompts, len(forced) + 1), forced)
+    ours, theirs = (one.double().log_softmax(-1) for one in (logits, readable))
+    divergence = float((theirs.exp() * (theirs - ours)).sum(-1).max())
+    lost = int((logits.argmax(-1) != readable.argmax(-1)).sum())
+    return f"approximate: KL at most {divergence:.1e}, {lost} of {len(logits)} tokens lost"
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ from torch import Tensor
 from portkit.bench.roofline import bytes_per_token
 from portkit.errors import BenchError
 from portkit.loading import COMPUTE_DTYPES, load
+from portkit.quantizing import SCHEMES, quantize
 
 Prompts = Sequence[Sequence[int]]
 
@@ -45,11 +46,14 @@ class Ours:
 
     def __init__(self, repo: str, dtype: str, name: str) -> None:
         from portkit.decoding.fast import FastModel
-        from portkit.decoding.packages import Packages, default_folder
+        from portkit.decoding.packages import Packages, default_folder, has_compiler
 
         self._model = load(repo, dtype=dtype, device="cpu").model
+        if name in QUANTIZED:
+            quantize(self._model, QUANTIZED[name])
         self._name = name
-        self._packages = Packages(default_folder(), _fail) if name in _COMPILED else None
+        compiled = name in _COMPILED and (name not in QUANTIZED or has_compiler())
+        self._packages = Packages(default_folder(), _fail) if compiled else None
         self._fast = FastModel(self._model, self._packages)
 
     @property
@@ -165,7 +169,8 @@ class GgufEngine:
 READABLE, EAGER, FAST, EXACT = "readable", "fast, not compiled", "fast", "fast, exact head"
 TRANSFORMERS, STATIC = "transformers", "transformers, static cache"
 LLAMA_CPP = "llama.cpp"
-_COMPILED = (FAST, EXACT)
+QUANTIZED = {f"fast, {scheme}": scheme for scheme in SCHEMES}
+_COMPILED = (FAST, EXACT, *QUANTIZED)
 
 
 @torch.inference_mode()

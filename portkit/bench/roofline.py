@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from portkit.architecture import CausalLM
 
@@ -36,8 +37,10 @@ def bytes_per_token(model: CausalLM, context: int, batch: int, *, int8_head: boo
     """
     itemsize = next(model.parameters()).itemsize
     embedding = model.get_parameter("model.embed_tokens.weight")
-    head = model.get_parameter("lm_head.weight")
-    count = sum(parameter.nbytes for parameter in model.parameters())
+    head = model.get_submodule("lm_head").weight
+    assert isinstance(head, Tensor), "a matrix, quantised or not"
+    # A quantised matrix is a buffer.
+    count = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
     if head is not embedding:
         count -= embedding.nbytes
     count += batch * embedding.shape[1] * itemsize

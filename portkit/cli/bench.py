@@ -55,6 +55,13 @@ Gguf = Annotated[
         "--gguf", metavar="FILE", help="For --against llama.cpp; made of the weights if left out."
     ),
 ]
+Quantized = Annotated[
+    list[options.Quantize] | None,
+    typer.Option(
+        "--quantize",
+        help="Measure the fast path with matrices of 8 or 4 bits beside it (may be repeated).",
+    ),
+]
 Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw the speeds as an image.")
 ]
@@ -71,12 +78,14 @@ def decode(
     threads: Threads = None,
     dtype: options.DTypeOption = options.DType.auto,
     gguf: Gguf = None,
+    quantize: Quantized = None,
     plot: Plot = None,
     json: options.Json = False,
 ) -> None:
     """Time a token behind contexts of several lengths, in batches of several sizes."""
     _check_plot(plot)
     found = _plan(repo, dtype, threads, against or [], gguf)
+    found["engines"] += tuple(f"fast, {scheme}" for scheme in dict.fromkeys(quantize or []))
     plan = _with_sizes(found, contexts, batches, tokens, rounds)
     bandwidth, rows = _measure(plan)
     if json:

@@ -114,6 +114,7 @@ def command(
     attention: options.AttentionOption = options.Attention.sdpa,
     engine: options.EngineOption = options.Engine.auto,
     speculate: Speculate = False,
+    quantize: options.QuantizeOption = None,
     ignore_config: options.IgnoreConfig = None,
     verbose: Verbose = False,
     json: options.Json = False,
@@ -145,6 +146,8 @@ def command(
     token_ids = [tokenizer.encode(text, special=not chat) or _bos(tokenizer) for text in texts]
     _check_ids(token_ids, blueprint.config.vocab_size)
     model = materialize(blueprint, dtype, device).model
+    if quantize is not None:
+        _quantize(model, quantize)
     continued = (
         _speculative(model, engine)
         if speculate
@@ -162,6 +165,14 @@ def command(
     run.say(seeds[0], limit, verbose=verbose or sys.stderr.isatty())
 
 
+def _quantize(model: CausalLM, scheme: options.Quantize) -> None:
+    from portkit.quantizing import quantize
+
+    found = quantize(model, scheme)
+    for note in found.notes:
+        _note(note)
+
+
 def _speculative(model: CausalLM, engine: options.Engine) -> Startable:
     from portkit.generation.speculation import Speculative
 
@@ -174,7 +185,7 @@ def _with_engine(
     engine: options.Engine, model: CausalLM, num_rows: int, attention: options.Attention
 ) -> CausalLM | Startable:
     """The model, or its fast path where that was asked for, or is worth its while."""
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    weight_bytes = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
     suits = attention is options.Attention.sdpa and num_rows <= _MOST_FAST_ROWS
     if engine is options.Engine.fast and not suits:
         raise GenerationError(

@@ -35,6 +35,11 @@ class Attention(StrEnum):
     eager = "eager"
 
 
+class Quantize(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+
+
 class Engine(StrEnum):
     auto = "auto"
     fast = "fast"
@@ -56,6 +61,13 @@ EngineOption = Annotated[
         "--engine",
         help="What decodes: the readable model, bit for bit the reference; or the fast path, equal "
         "within rounding. auto is fast where a model is large enough to gain.",
+    ),
+]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(
+        "--quantize",
+        help="Hold the matrices in 8 or 4 bits, the head in 8: fewer bytes a token, other logits.",
     ),
 ]
 Json = Annotated[

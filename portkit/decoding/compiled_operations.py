@@ -62,6 +62,13 @@ def shortlist_bounds(
     return operations.around(_barrier(torch.cat(sums) * scale), x, radius, slack)
 
 
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """As `_weight_int8pack_mm`, of one row: x (1, in), int8 (out, in), (out,); gives (1, out)."""
+    row = _barrier(x.reshape(-1)).float()
+    sums = [(part.float() * row).sum(-1) for part in weight.chunk(_num_chunks(len(weight)))]
+    return _barrier((torch.cat(sums) * scale.float()).to(x.dtype)).view(1, -1)
+
+
 def _barrier(x: Tensor) -> Tensor:
     x = x.contiguous()
     return torch.as_strided(x, x.shape, x.stride())
@@ -76,5 +83,6 @@ IN_PLACE_OF = {
     operations.project: project,
     operations.attend: attend,
     operations.shortlist_bounds: shortlist_bounds,
+    torch.ops.aten._weight_int8pack_mm: int8_product,
 }
 """What a graph's calls become before it is compiled."""
