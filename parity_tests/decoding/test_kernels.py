@@ -183,10 +183,9 @@ def test_of_equal_logits_the_first_is_chosen(dtype: torch.dtype) -> None:
             assert int(kernel_operations.likeliest(one, odd)) == -1, "before an infinite one too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["gemma3 shallow", "qwen3", "llama tied with biases"])
-@pytest.mark.slow
-@torch.inference_mode()
 def test_a_step_by_kernels_is_the_readable_one(
     name: str, dtype: str, tiny_checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,19 +193,18 @@ def test_a_step_by_kernels_is_the_readable_one(
     if INTERPRETED:
         monkeypatch.setattr("portkit.decoding.replay._WARM_UPS", 0)  # there is nothing to warm up
     model = load(tiny_checkpoint(name), dtype=dtype, device=str(DEVICE)).model
-    (prompt, forced), num_steps = prompts([26, 2]), 2
-    readable = ReadableBatch(model, [prompt], num_steps + 1)
-    fast = FastModel(model, runner=by_kernels())
-    session = DeviceSession(fast, [prompt], num_steps + 1)
-    plain, found = [readable.prefill()], [session.prefill()]
-    for token in torch.tensor(forced, device=DEVICE)[:, None]:
-        plain.append(readable.decode(token))
-        found.append(session.decode(token))
     exact = copy.deepcopy(model).double()
-    truth = exact(torch.tensor([prompt + forced], device=DEVICE))[0, len(prompt) - 1 :]
-    ours, theirs = torch.cat(found), torch.cat(plain)
-    assert distance(ours, truth) <= 1.25 * distance(theirs, truth)
-    greedy = DeviceSession(fast, [prompt], 2)
-    chosen = greedy.greedy(greedy.prefill().argmax(-1)).to(DEVICE)
-    again = DeviceSession(fast, [prompt], 2)
-    assert torch.equal(chosen, Greedy()(again.decode(again.prefill().argmax(-1))))
+    fast = FastModel(model, runner=by_kernels())
+    prompt, forced = prompts([26, 2])
+    engines = ReadableBatch(model, [prompt], 3), DeviceSession(fast, [prompt], 3)
+    with torch.inference_mode():
+        plain, found = (
+            torch.cat([engine.prefill(), *(engine.decode(token) for token in fed)])
+            for engine in engines
+            for fed in [torch.tensor(forced, device=DEVICE)[:, None]]
+        )
+        truth = exact(torch.tensor([prompt + forced], device=DEVICE))[0, len(prompt) - 1 :]
+    assert distance(found, truth) <= 1.25 * distance(plain, truth)
+    by_head, by_logits = (DeviceSession(fast, [prompt], 2) for _ in range(2))
+    chosen = by_head.greedy(by_head.prefill().argmax(-1)).to(DEVICE)
+    assert torch.equal(chosen, Greedy()(by_logits.decode(by_logits.prefill().argmax(-1))))
