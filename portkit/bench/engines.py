@@ -194,6 +194,7 @@ def runner_of(engine: str, device: str, say: Callable[[str], None]) -> Runner | 
     return runners.compiling(say) if engine == FAST else runners.AS_TORCH_RUNS_IT
 
 
+@torch.inference_mode()
 def _timed(
     prefill: Callable[[], Tensor],
     greedy: Callable[[Tensor], Tensor],
