@@ -15,8 +15,8 @@ from portkit.loading import load
 DEMO = Path(portkit.__file__).parent / "demo_checkpoint"
 KEYS = {
     "engine", "dtype", "batch", "context", "tokens_per_s", "ms_per_token", "prefill_ms",
-    "compile_s", "peak_rss_bytes", "peak_device_bytes", "bytes_per_token", "bandwidth_fraction", "same_tokens",
-    "first_difference", "verdict",
+    "compile_s", "peak_rss_bytes", "peak_device_bytes", "bytes_per_token",
+    "bandwidth_fraction", "same_tokens", "first_difference", "verdict",
 }  # fmt: skip
 
 
