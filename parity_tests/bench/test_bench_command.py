@@ -100,6 +100,7 @@ def test_the_ceiling_counts_what_a_token_reads() -> None:
         (["--context", "0"], "whole numbers above 0"),
         (["--against", "llama.cpp"], "--against llama.cpp: it is missing"),
         (["--against", "mlx"], "mlx"),
+        (["--gguf", "no.gguf"], "--gguf no.gguf: there is no such file"),
     ],
 )
 def test_what_cannot_be_measured(

@@ -25,6 +25,7 @@ from torch import Tensor
 from parity_tests.checkpoints import TINY, VOCABULARY
 from parity_tests.conftest import CheckpointMaker
 from portkit.architecture import CausalLM
+from portkit.decoding.device_session import DeviceSession
 from portkit.decoding.fast import FastModel
 from portkit.decoding.session import Session
 from portkit.generation.loop import ReadableBatch
@@ -62,7 +63,11 @@ def forced(rows: int) -> Tensor:
 
 @torch.inference_mode()
 def logits_of(
-    engine: ReadableBatch | Session, rows: int, chunk: int | None = None, *, compiled: bool = False
+    engine: ReadableBatch | Session | DeviceSession,
+    rows: int,
+    chunk: int | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """(rows, 1 + NUM_DECODED, vocab); `compiled` waits for the compiler."""
     found = [engine.prefill(chunk)]

@@ -127,7 +127,7 @@ def test_nan_is_found_by_every_engine(tmp_path: Path) -> None:
 
 
 def test_caches_beyond_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("portkit.decoding.memory._available_bytes", lambda: 1000)
+    monkeypatch.setattr("portkit.decoding.memory._available_bytes", lambda _: 1000)
     with pytest.raises(portkit.PortkitError, match=r"caches of 2 rows .* take fewer prompts"):
         FastModel(load(DEMO).model).start([[1], [2]], 100)
 

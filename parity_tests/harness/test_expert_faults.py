@@ -83,6 +83,8 @@ def test_a_layer_of_each_kind_is_tried(tiny_checkpoint: CheckpointMaker) -> None
     """Of dense and sparse layers in turn the first sparse one, of those without positions too."""
     found = fates(tiny_checkpoint, "llama4 maverick", torch.bfloat16)
     first = {one.fault.id: one.first_site for one in found if one.killed}
-    assert first["experts.order"] == "model.layers.1.feed_forward"
+    assert first["experts.order"] == "model.layers.1.feed_forward.experts"
+    assert first["experts.weights_on_output"] == "model.layers.1.feed_forward.experts:in"
+    assert first["experts.shared_lost"] == "model.layers.1.feed_forward"
     assert first["attention.temperature_missing"] == "model.layers.3.self_attn#query"
     assert first["attention.chunk_as_window"] == "model.layers.0.self_attn#mask"

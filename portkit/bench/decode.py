@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from portkit.architecture import CausalLM
 from portkit.bench.agreement import Agreement, compare_tokens, judge_paths
 from portkit.bench.engines import LLAMA_CPP
 from portkit.errors import BenchError
+from portkit.gguf import write_gguf
 from portkit.loading import load
 
 
@@ -125,6 +129,18 @@ class Worker:
         """End the process."""
         self._process.kill()
         self._process.communicate()
+
+
+@contextmanager
+def with_gguf(plan: Plan) -> Iterator[Plan]:
+    """The plan with a file for llama.cpp, made for as long as it is needed where none is given."""
+    if plan.gguf is not None or LLAMA_CPP not in plan.engines:
+        yield plan
+        return
+    with TemporaryDirectory(prefix="portkit-") as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(load(plan.repo, dtype=plan.dtype, device="cpu"), path)
+        yield replace(plan, gguf=str(path))
 
 
 def measure(plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Row]:

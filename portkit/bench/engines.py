@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from portkit.bench.roofline import bytes_per_token
+from portkit.errors import BenchError
 from portkit.loading import COMPUTE_DTYPES, load
 
 Prompts = Sequence[Sequence[int]]
@@ -110,38 +112,54 @@ class Reference:
 
 
 class GgufEngine:
-    """llama.cpp through its Python package, from a GGUF file of the same weights."""
+    """llama.cpp through its Python package, from a GGUF file of the same weights.
+
+    Called by its C interface: the package's own loop copies and sorts all logits for each token.
+    """
 
     compile_s = 0.0
 
     def __init__(self, gguf: str, num_threads: int, context: int) -> None:
         import llama_cpp  # type: ignore[import-not-found,unused-ignore]
 
-        self._llama = llama_cpp.Llama(
-            gguf,
-            n_ctx=context,
-            n_threads=num_threads,
-            n_threads_batch=num_threads,
-            verbose=False,
+        self._llama: Any = llama_cpp
+        self._log = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C holds no reference
+        llama_cpp.llama_log_set(self._log, None)
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_load_from_file(
+            gguf.encode(), llama_cpp.llama_model_default_params()
         )
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = context
+        options.n_threads = options.n_threads_batch = num_threads
+        self._context = llama_cpp.llama_init_from_model(model, options) if model else None
+        if not self._context:
+            raise BenchError(f"llama.cpp cannot read {gguf}, or has no memory for it")
+        self._batch_size: int = options.n_batch
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
     def run(self, prompts: Prompts, num_tokens: int) -> Run:
         (prompt,) = prompts
-        self._llama.reset()
-        started = time.perf_counter()
-        self._llama.eval(list(prompt))
-        token = self._likeliest()
-        times, tokens = [time.perf_counter() - started], [token]
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+        times: list[float] = []
+        tokens: list[int] = []
         while len(tokens) < num_tokens:
             started = time.perf_counter()
-            self._llama.eval([token])
-            token = self._likeliest()
+            tokens.append(self._likeliest_after(tokens[-1:] or list(prompt)))
             times.append(time.perf_counter() - started)
-            tokens.append(token)
         return Run(times[0], times[1:], [tokens])
 
-    def _likeliest(self) -> int:
-        return int(self._llama.sample(temp=0.0, top_k=1, repeat_penalty=1.0))
+    def _likeliest_after(self, tokens: list[int]) -> int:
+        for start in range(0, len(tokens), self._batch_size):
+            part = tokens[start : start + self._batch_size]
+            ids = (self._llama.llama_token * len(part))(*part)
+            failed = self._llama.llama_decode(
+                self._context, self._llama.llama_batch_get_one(ids, len(part))
+            )
+            if failed:
+                raise BenchError(f"llama.cpp cannot decode: error {failed}")
+        logits = self._llama.llama_get_logits_ith(self._context, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(self._vocab_size,)).argmax())
 
 
 READABLE, EAGER, FAST, EXACT = "readable", "fast, not compiled", "fast", "fast, exact head"

@@ -51,7 +51,9 @@ Threads = Annotated[
 ]
 Gguf = Annotated[
     str | None,
-    typer.Option("--gguf", metavar="FILE", help="The same weights for --against llama.cpp."),
+    typer.Option(
+        "--gguf", metavar="FILE", help="For --against llama.cpp; made of the weights if left out."
+    ),
 ]
 Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw the speeds as an image.")
@@ -123,13 +125,16 @@ def load(
     rounds: Rounds = 5,
     threads: Threads = None,
     dtype: options.DTypeOption = options.DType.auto,
+    gguf: Gguf = None,
     json: options.Json = False,
 ) -> None:
     """Time whole processes: start, import, load, first token."""
+    from portkit.bench.decode import with_gguf
     from portkit.bench.loading import first_tokens
 
-    plan = _plan(repo, dtype, threads, against or [], None, prefill_only=True)
-    results = first_tokens(_with_sizes(plan, "16", "1", 2, rounds))
+    found = _plan(repo, dtype, threads, against or [], gguf, prefill_only=True)
+    with with_gguf(_with_sizes(found, "16", "1", 2, rounds)) as plan:
+        results = first_tokens(plan)
     if json:
         print_json("bench load", results=results)
         return
@@ -225,13 +230,13 @@ def _with_sizes(
 def _measure(plan: Plan) -> tuple[float, list[Row]]:
     import torch
 
-    from portkit.bench.decode import measure, num_runs
+    from portkit.bench.decode import measure, num_runs, with_gguf
     from portkit.bench.roofline import bandwidth
 
     torch.set_num_threads(plan.threads)
     ceiling = bandwidth()
-    with progress_bar("measuring", num_runs(plan)) as advance:
-        return ceiling, measure(plan, advance)
+    with with_gguf(plan) as whole, progress_bar("measuring", num_runs(plan)) as advance:
+        return ceiling, measure(whole, advance)
 
 
 def _check_others(against: Sequence[Against], gguf: str | None) -> None:
@@ -239,8 +244,8 @@ def _check_others(against: Sequence[Against], gguf: str | None) -> None:
         raise BenchError("--against transformers: it is missing; pip install 'portkit[parity]'")
     if Against.llama_cpp in against and find_spec("llama_cpp") is None:
         raise BenchError("--against llama.cpp: it is missing; pip install llama-cpp-python")
-    if Against.llama_cpp in against and gguf is None:
-        raise BenchError("--against llama.cpp reads weights of its own format: give --gguf FILE")
+    if gguf is not None and not Path(gguf).is_file():
+        raise BenchError(f"--gguf {gguf}: there is no such file")
 
 
 def _check_plot(plot: Path | None) -> None:

@@ -30,15 +30,16 @@ class Kind:
         """Slots that hold something after `num_tokens`."""
         return min(num_tokens, self.num_slots)
 
-    def mask(self, past: int, pads: Tensor) -> Tensor:
-        """Which slots the token after `past` others sees: bool (batch, 1, 1, filled).
+    def mask(self, past: int | Tensor, pads: Tensor, num_shown: int) -> Tensor:
+        """Which of the first slots the token after `past` others sees: bool (batch, 1, 1, shown).
 
-        `pads`, int64 (batch, 1), says how many tokens of each row are padding.
+        `pads`, int64 (batch, 1), says how many tokens of each row are padding; `past` may be a
+        tensor (1,). At least what is filled with that token must be shown.
         """
-        slots = torch.arange(self.num_filled(past + 1), device=pads.device)
-        if self.ring:  # the last token that went to each slot
-            slots = past - (past - slots) % self.num_slots
-        return (slots >= pads)[:, None, None]
+        slots = torch.arange(num_shown, device=pads.device)
+        # The last token that went to each slot; below zero where none has.
+        tokens = past - (past - slots) % self.num_slots
+        return (tokens >= pads)[:, None, None]
 
 
 class StaticCache:

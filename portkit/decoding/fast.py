@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, fx
 
 from portkit.architecture import CausalLM
+from portkit.decoding.bound import Bound
 from portkit.decoding.caches import StaticCache
 from portkit.decoding.compiler import Recipe
+from portkit.decoding.device_session import DeviceSession
 from portkit.decoding.head import ExactHead
 from portkit.decoding.lowering import Program, Region, Step, Weight
 from portkit.decoding.memory import Arena, check_memory, padded_bytes
@@ -57,29 +59,32 @@ class FastModel:
 
     def start(
         self, prompts: Sequence[Sequence[int]], room: int, largest: int | None = None
-    ) -> Session:
+    ) -> Session | DeviceSession:
         """Rows of prompts (token ids), padded on the left, each with up to `room` tokens to come.
 
         `largest`: how many of the largest logits matter, 1 for greedy decoding; None is all. Of
         fewer, with a single row, they are found by the exact head once it is ready.
         Raises GenerationError where the caches do not fit into memory.
         """
+        if self.device.type == "cuda":
+            return DeviceSession(self, prompts, room)
         return Session(self, prompts, room, largest)
 
     def program(self, cache: StaticCache, *, masked: bool) -> Program:
         """The step for caches of these kinds; traced, and its weights placed, at the first one."""
         return self._step(cache.batch).cut(cache.kind_of_layer, masked=masked)
 
-    def weight(self, one: Weight, batch: int) -> Tensor:
-        """The tensor that a program's argument stands for."""
-        placed = self._placed.get(one)
-        return self._step(batch).constants[one.names[0]] if placed is None else placed
-
-    def function(self, region: Region) -> Function:
-        """What runs a region as torch runs it."""
+    def bind(self, region: Region, batch: int) -> Bound:
+        """A region of `program` with its weights, and what runs it as torch runs it."""
+        constants = self._step(batch).constants
+        weights = {
+            one: self._placed[one] if one in self._placed else constants[one.names[0]]
+            for one in region.arguments
+            if isinstance(one, Weight)
+        }
         if region.code not in self._functions:
             self._functions[region.code] = _as_torch_runs_it(region.graph)
-        return self._functions[region.code]
+        return Bound(region, weights, self._functions[region.code])
 
     def compiled(self, recipes: Sequence[Recipe], *, wait: bool) -> list[Function] | None:
         """The recipes' functions; None where they are not to be had, or not yet."""
@@ -123,17 +128,21 @@ class FastModel:
     def _place(self, weights: Sequence[Weight], held: dict[str, Tensor]) -> None:
         """Copy the weights to where they stream well, and let the model's parameters be views."""
         parts = {one: [held[name].data for name in one.names] for one in weights}
+        stack: Callable[[Sequence[Tensor]], Tensor] = _concatenate
         if self.device.type == "cpu":
             sizes = [padded_bytes(sum(part.nbytes for part in group)) for group in parts.values()]
             check_memory(sum(sizes), "the weights")
-            arena = Arena(sum(sizes))
-            self._placed = {one: arena.stack(group) for one, group in parts.items()}
-        else:
-            self._placed = {one: torch.cat(group) for one, group in parts.items()}
-        for one, whole in self._placed.items():
-            views = torch.split(whole, [len(held[name]) for name in one.names])
+            stack = Arena(sum(sizes)).stack
+        for one in weights:
+            # One after the other: on a device what has been stacked makes room for the next.
+            self._placed[one] = stack(parts.pop(one))
+            views = torch.split(self._placed[one], [len(held[name]) for name in one.names])
             for name, view in zip(one.names, views, strict=True):
                 held[name].data = view
+
+
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _as_torch_runs_it(graph: fx.Graph) -> Function:

@@ -17,6 +17,7 @@ from portkit.errors import GenerationError
 
 _HUGE_PAGE = 2 * 1024 * 1024
 _ALIGNMENT = 4096
+_CPU = torch.device("cpu")
 
 
 class Arena:
@@ -52,8 +53,11 @@ def padded_bytes(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _available_bytes() -> int | None:
+def _available_bytes(device: torch.device) -> int | None:
     """Memory that can be had without swapping; None where the system does not tell."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:  # noqa: PTH123
             found = next(line for line in lines if line.startswith("MemAvailable:"))
@@ -62,9 +66,9 @@ def _available_bytes() -> int | None:
     return int(found.split()[1]) * 1024
 
 
-def check_memory(num_bytes: int, what: str) -> None:
-    """Raises GenerationError where `num_bytes` for `what` are more than there are."""
-    available = _available_bytes()
+def check_memory(num_bytes: int, what: str, device: torch.device = _CPU) -> None:
+    """Raises GenerationError where `num_bytes` for `what` are more than `device` has free."""
+    available = _available_bytes(device)
     if available is not None and num_bytes > available:
         raise GenerationError(
             f"{what} take {num_bytes / 1e9:.1f} GB where {available / 1e9:.1f} GB of memory are "

@@ -7,17 +7,19 @@ the caches as it grows. Regions run as torch runs them until compiled ones are t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from portkit.decoding.bound import Bound
 from portkit.decoding.caches import StaticCache
 from portkit.decoding.compiler import Recipe, recipe
 from portkit.decoding.head import ExactHead, bounds_recipe
-from portkit.decoding.lowering import INPUT_IDS, Kept, Region, Value, Weight
+from portkit.decoding.lowering import INPUT_IDS, Kept, Value
 from portkit.decoding.memory import check_memory
 from portkit.decoding.packages import Function
+from portkit.decoding.prompted import Prompted
 from portkit.decoding.tracing import Untraceable
 
 if TYPE_CHECKING:
@@ -39,18 +41,11 @@ class Session:
         room: int,
         largest: int | None,
     ) -> None:
-        longest = max(map(len, prompts))
-        pads = [longest - len(prompt) for prompt in prompts]
-        padded = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
         self._fast = fast
         self._largest = largest
-        self._input_ids = torch.tensor(padded, device=fast.device)
-        self._pads = torch.tensor(pads, device=fast.device)[:, None]
-        self._masked = any(pads)
-        # The last token that a row gets is not fed to the model any more.
-        length = longest + room - 1
-        self._readable = fast.model.new_cache(len(prompts), length)
-        self._cache = StaticCache(self._readable, length)
+        self._prompted = Prompted(fast.model, prompts, room)
+        length = self._prompted.length
+        self._cache = StaticCache(self._prompted.cache, length)
         check_memory(
             2 * self._cache.num_bytes(fast.dtype.itemsize),
             f"the caches of {len(prompts)} rows of {length} tokens",
@@ -68,24 +63,9 @@ class Session:
     @torch.inference_mode()
     def prefill(self, chunk: int | None = None) -> Tensor:
         """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
-        num_tokens = self._input_ids.shape[1]
-        for start in range(0, num_tokens, chunk or num_tokens):
-            hidden_states = self._feed(self._input_ids[:, start : start + (chunk or num_tokens)])
-        return self._fast.model.logits(hidden_states[:, -1:])[:, -1]
-
-    def _feed(self, input_ids: Tensor) -> Tensor:
-        """Hidden states after more tokens (batch, tokens), by the readable model."""
-        end = self._past + input_ids.shape[1]
-        slots = torch.arange(end, device=self._fast.device)
-        hidden_states = self._fast.model.hidden_states(
-            input_ids,
-            positions=(slots[self._past :] - self._pads).clamp(min=0),
-            cache=self._readable,
-            attention_mask=slots >= self._pads if self._masked else None,
-        )
-        self._readable.advance(input_ids.shape[1])
-        self._past = end
-        return hidden_states
+        logits = self._prompted.prefill(chunk)
+        self._past = self._prompted.past
+        return logits
 
     @torch.inference_mode()
     def prepare(self, *, wait: bool = False) -> None:
@@ -96,16 +76,16 @@ class Session:
         if self._step is None and not self._stays_readable:
             assert self._past, "prefill comes first"
             try:
-                self._step = _Step(self._fast, self._cache, self._pads, self._masked, self._largest)
+                self._step = _Step(self._fast, self._cache, self._prompted, self._largest)
             except Untraceable as error:
                 self._stays_readable = True
                 self._fast.say(f"the fast path cannot follow this family's code ({error})")
                 return
-            self._cache.take(self._readable, self._fast.dtype, self._fast.device)
-            del self._readable
+            self._cache.take(self._prompted.cache, self._fast.dtype, self._fast.device)
+            del self._prompted.cache
         if wait and self._step is not None:
             # Any token: what it leaves in the caches, the next one overwrites.
-            self._step.read_out(self._step.hidden_states(self._input_ids[:, -1], self._past))
+            self._step.read_out(self._step.hidden_states(self._prompted.last, self._past))
             self._step.look(wait=True)
 
     @torch.inference_mode()
@@ -134,7 +114,7 @@ class Session:
         """Ids and logits (kept,) of the one row, or None and all logits (batch, vocab)."""
         self.prepare()
         if self._step is None:
-            return None, self._fast.model.logits(self._feed(tokens[:, None]))[:, -1]
+            return None, self._prompted.logits(tokens)
         found = self._step.read_out(self._step.hidden_states(tokens, self._past))
         if self._num_decoded % _STEPS_PER_LOOK == 0:
             self._step.look(wait=False)
@@ -150,15 +130,15 @@ class _Step:
         self,
         fast: FastModel,
         cache: StaticCache,
-        pads: Tensor,
-        masked: bool,
+        prompted: Prompted,
         largest: int | None,
     ) -> None:
-        self._fast, self._cache, self._pads, self._masked = fast, cache, pads, masked
-        self._program = fast.program(cache, masked=masked)
+        self._fast, self._cache = fast, cache
+        self._pads, self._masked = prompted.pads, prompted.masked
+        self._program = fast.program(cache, masked=prompted.masked)
         self._values: dict[str, Tensor] = {}
-        self._regions = [self._bind(region) for region in self._program.regions]
-        self._head = self._bind(self._program.head)
+        self._regions = [fast.bind(region, cache.batch) for region in self._program.regions]
+        self._head = fast.bind(self._program.head, cache.batch)
         self._slots = [torch.zeros(1, dtype=torch.int64, device=fast.device) for _ in cache.kinds]
         self._num_filled = [0] * len(cache.kinds)
         self._tables: dict[str, Tensor] = {}
@@ -169,14 +149,6 @@ class _Step:
         self._exact_head: ExactHead | None = None
         self._bounds: Function | None = None
         self.is_compiled = False
-
-    def _bind(self, region: Region) -> _Bound:
-        weights = {
-            one: self._fast.weight(one, self._cache.batch)
-            for one in region.arguments
-            if isinstance(one, Weight)
-        }
-        return _Bound(region, weights, self._fast.function(region))
 
     def look(self, *, wait: bool) -> None:
         """Take compiled regions and the exact head, if they are there; ask for them otherwise.
@@ -237,7 +209,10 @@ class _Step:
             if num_filled != self._num_filled[index]:
                 self._num_filled[index] = num_filled
                 changed.add(index)
-        masks = [kind.mask(past, self._pads) for kind in self._cache.kinds] if self._masked else []
+        masks = []
+        if self._masked:
+            kinds = zip(self._cache.kinds, self._num_filled, strict=True)
+            masks = [kind.mask(past, self._pads, num_filled) for kind, num_filled in kinds]
         for region in self._regions:
             for place, one in region.kept:
                 if one.what == "mask":
@@ -261,7 +236,7 @@ class _Step:
         for name, rows in self._tables.items():
             self._values[name] = rows[:, offset : offset + 1]
 
-    def _recipe(self, one: _Bound) -> Recipe:
+    def _recipe(self, one: Bound) -> Recipe:
         growing = [
             f"filled_{self._cache.kind_of_layer[argument.index]}"
             if isinstance(argument, Kept) and argument.what in ("keys", "values")
@@ -269,25 +244,3 @@ class _Step:
             for argument in one.region.arguments
         ]
         return recipe(one.region.graph, one.arguments, growing, torch.get_num_threads())
-
-
-class _Bound:
-    """A region with its arguments: weights for good, values and caches as they come."""
-
-    def __init__(self, region: Region, weights: dict[Weight, Tensor], function: Function) -> None:
-        self.region = region
-        self.function = function
-        self.arguments: list[Any] = [
-            weights[one] if isinstance(one, Weight) else None for one in region.arguments
-        ]
-        self.kept = [(i, one) for i, one in enumerate(region.arguments) if isinstance(one, Kept)]
-        self.is_heavy = bool(self.kept)
-        self._read = [
-            (i, one.name) for i, one in enumerate(region.arguments) if isinstance(one, Value)
-        ]
-        self._results = [one.name for one in region.results]
-
-    def run(self, values: dict[str, Tensor]) -> None:
-        for place, name in self._read:
-            self.arguments[place] = values[name]
-        values.update(zip(self._results, self.function(self.arguments), strict=True))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from portkit.architecture import CausalLM
 from portkit.errors import GenerationError
-from portkit.generation.sampling import next_tokens
+from portkit.generation.choosing import Choice
 from portkit.generation.settings import GenerationSettings
 from portkit.generation.streaming import TextStream
 from portkit.tokenizer import Tokenizer
@@ -51,6 +51,17 @@ class Engine(Protocol):
         """What greedy decoding goes on with after one more token (batch,) in each row.
 
         One token or more, (batch, new); -1 in a row whose logits are NaN.
+        """
+
+
+@runtime_checkable
+class DrawingEngine(Engine, Protocol):
+    """An engine on a device that goes on with what it has drawn, without the host."""
+
+    def draw(self, tokens: Tensor, choose: Choice) -> Tensor:
+        """What `choose` makes of the logits after one more token (batch,) in each row: (batch, 1).
+
+        `tokens` are what was drawn last, and `choose` is the same every time.
         """
 
 
@@ -122,14 +133,6 @@ def _largest(settings: GenerationSettings) -> int | None:
     return (settings.top_k or None) if settings.do_sample else 1
 
 
-def _seen(prompts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """Which tokens are in each prompt, bool (batch, vocab)."""
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[torch.tensor(prompt, device=logits.device)] = True
-    return seen
-
-
 # As a decorator it holds between two yields only, not in the code that consumes the steps.
 @torch.inference_mode()
 def _steps(
@@ -140,19 +143,7 @@ def _steps(
     prefill_chunk: int | None,
 ) -> Iterator[Step]:
     logits = engine.prefill(prefill_chunk)
-    seen = _seen(prompts, logits) if settings.repetition_penalty != 1 else None
-    generators = [
-        torch.Generator(logits.device).manual_seed(settings.seed + row.index) for row in rows
-    ]
-
-    def choose(logits: Tensor) -> Tensor:
-        if bool(logits.isnan().any()):
-            return torch.full((len(rows), 1), -1)
-        tokens = next_tokens(logits, settings, seen, generators)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        return tokens[:, None]
-
+    choose = Choice(settings, prompts, logits)
     new = choose(logits)
     while True:
         for tokens in new.unbind(1):
@@ -167,8 +158,12 @@ def _steps(
                     yield row.take(token_id)
             if all(row.finish_reason for row in rows):
                 return
-        greedily = seen is None and not settings.do_sample
-        new = engine.greedy(tokens) if greedily else choose(engine.decode(tokens))
+        if settings.repetition_penalty == 1 and not settings.do_sample:
+            new = engine.greedy(tokens)
+        elif isinstance(engine, DrawingEngine):
+            new = engine.draw(tokens, choose)
+        else:
+            new = choose(engine.decode(tokens))
 
 
 class ReadableBatch:

@@ -39,10 +39,19 @@ def next_tokens(
         logits = keep_min_p(logits, settings.min_p)
     probabilities = logits.softmax(-1)
     draws = [
-        torch.multinomial(row, 1, generator=generator)
-        for row, generator in zip(probabilities, generators, strict=True)
+        _draw(row, generator) for row, generator in zip(probabilities, generators, strict=True)
     ]
-    return torch.cat(draws)
+    return torch.stack(draws)
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """An index, int64 (), drawn with `probabilities` (vocab,).
+
+    As torch's `multinomial` draws one, which would wait for the device to look for damage first:
+    the first of several exponential clocks to ring, each with its probability for a rate.
+    """
+    waits = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / waits).argmax()
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -176,6 +176,7 @@ class Comparing:
         if self.diagnosis is not None:
             for one in self._recordings:
                 self._diagnose(self.diagnosis, one)
+                del one  # or the last one would still be held below
         self._recordings.clear()
         release_freed_memory()
 

@@ -37,7 +37,7 @@ def recorder(trace: Trace) -> Visit:
         # One tensor is often several sites, as a norm's output is three inputs.
         base = tensor._base
         if base is not None and base.dtype != tensor.dtype:
-            base = None  # numbers in pairs as complex ones, whose strides count pairs
+            base = None  # real and imaginary parts of it, side by side
         if base is not None and (whole := cloned(base)).stride() == base.stride():
             offset = tensor.storage_offset() - base.storage_offset()
             trace[name] = whole.as_strided(tensor.shape, tensor.stride(), offset)

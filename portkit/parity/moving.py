@@ -218,7 +218,7 @@ class ConfigMoves:
                 continue
             asked += 1
             dims = self._dims(f"{site}:in")
-            last = by_token(given, dims, len(one.input_ids))[:, -1].double()
+            last = by_token(given, dims, one)[:, -1].double()
             theirs = self._plain.get_submodule(site)
             with held_in_float64(ours, theirs), casts_lifted():
                 a, b = ours(last), theirs(last)

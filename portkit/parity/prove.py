@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from portkit.architecture import CausalLM
+from portkit.checkpoint import Checkpoint
 from portkit.errors import OutOfMemory, PortkitError
 from portkit.loading import Blueprint, draw, open_checkpoint, resolve_device, resolve_dtype
 from portkit.parity.comparing import Tell, compare
@@ -27,6 +28,7 @@ from portkit.parity.probing import default_probe, training_batch, unexercised
 from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
 from portkit.parity.sensitivity import Sensitivity, settled
+from portkit.parity.sharing import share_parameters
 from portkit.parity.sides import Given, Sides, make_sides
 from portkit.parity.sites import CannotRun, PortSide, SiteTable
 from portkit.parity.teeth import Teeth, chosen, merged
@@ -81,14 +83,15 @@ class _Prepared:
 
 def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     """Answer it. `tell` is given a line for each step. Raises a `PortkitError` on bad input."""
-    asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
+    checkpoint = open_checkpoint(question.repo, question.revision)
+    asked = resolve_dtype(question.dtype, checkpoint)
     with memory_watched():
-        result = _prove_in(question, asked, tell)
+        result = _prove_in(question, checkpoint, asked, tell)
         if asked != CARE and question.is_made:
             unseen = NotVerified("care in bfloat16", f"the model was given in {_word(asked)}")
             result = replace(result, not_verified=(*result.not_verified, unseen))
         elif asked != CARE:
-            beside = _care(question, tell, settled(result.comparisons[0].config))
+            beside = _care(question, checkpoint, tell, settled(result.comparisons[0].config))
             known = {one.name for one in result.not_verified}
             further = (one for one in beside.not_verified if one.name not in known)
             result = replace(
@@ -105,11 +108,12 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
 
 def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Teeth]:
     """What the question's probe would have caught, without running the port."""
-    asked = resolve_dtype(question.dtype, open_checkpoint(question.repo, question.revision))
+    checkpoint = open_checkpoint(question.repo, question.revision)
+    asked = resolve_dtype(question.dtype, checkpoint)
     fates, probes, configs = [], [], list[tuple[Sensitivity, ...]]()
     with memory_watched():
         for dtype in dict.fromkeys((asked, CARE)):
-            prepared = _prepare(question, dtype, tell)
+            prepared = _prepare(question, checkpoint, dtype, tell)
             reference, probe = prepared.sides.reference, prepared.probe
             assert isinstance(reference, Reference), "nothing else stands in its place"
             probe = probe if dtype == asked else _care_probe(probe)
@@ -132,9 +136,11 @@ def _uncaught(found: Teeth) -> Iterator[NotVerified]:
             yield NotVerified(f"config: {each.field}", each.by)
 
 
-def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResult:
+def _prove_in(
+    question: Question, checkpoint: Checkpoint, dtype: torch.dtype, tell: Tell
+) -> ParityResult:
     """The answer in the dtype that was asked for."""
-    prepared = _prepare(question, dtype, tell)
+    prepared = _prepare(question, checkpoint, dtype, tell)
     found = _compare(question, prepared, tell)
     generation, unheard = None, []
     if question.layers is None:
@@ -161,9 +167,11 @@ def _prove_in(question: Question, dtype: torch.dtype, tell: Tell) -> ParityResul
     )
 
 
-def _care(question: Question, tell: Tell, known: frozenset[str]) -> Comparison:
+def _care(
+    question: Question, checkpoint: Checkpoint, tell: Tell, known: frozenset[str]
+) -> Comparison:
     """Again in bfloat16; of a complete probe the passes that run every module, near and far."""
-    prepared = _prepare(question, CARE, tell)
+    prepared = _prepare(question, checkpoint, CARE, tell)
     return _compare(question, replace(prepared, probe=_care_probe(prepared.probe)), tell, known)
 
 
@@ -174,9 +182,11 @@ def _care_probe(probe: Probe) -> Probe:
     return Probe("bfloat16", passes or probe.passes)
 
 
-def _prepare(question: Question, dtype: torch.dtype, tell: Tell) -> _Prepared:
+def _prepare(
+    question: Question, checkpoint: Checkpoint, dtype: torch.dtype, tell: Tell
+) -> _Prepared:
     tell(f"load in {_word(dtype)}")
-    blueprint = _draw(question)
+    blueprint = _draw(question, checkpoint)
     probe = question.choose_probe(blueprint)
     config = blueprint.config
     check_fits(probe, config.vocab_size, config.max_position_embeddings)
@@ -188,8 +198,7 @@ def _prepare(question: Question, dtype: torch.dtype, tell: Tell) -> _Prepared:
     return _Prepared(blueprint, sides, probe, prompt, num_tokens)
 
 
-def _draw(question: Question) -> Blueprint:
-    checkpoint = open_checkpoint(question.repo, question.revision)
+def _draw(question: Question, checkpoint: Checkpoint) -> Blueprint:
     blueprint = draw(checkpoint, question.attention, question.ignore_config)
     check_layers(question, blueprint.config.num_hidden_layers)
     return blueprint
@@ -210,6 +219,8 @@ def _compare(
     """`known`: fields of the config that need not be moved again."""
     sides, table = prepared.sides, _table(question, prepared)
     moved, faults = _moved(question, prepared.probe), chosen(question.faults)
+    if sides.are_ours:
+        share_parameters(sides.port, sides.reference)
     if not (isinstance(sides.reference, Reference) and sides.are_ours and faults):
         return compare(sides.port, sides.reference, table, moved, tell)
     matrix = KillMatrix(sides.reference, table, moved, question.gate, faults)
