@@ -211,7 +211,7 @@ def test_the_catalogue_is_told_in_words() -> None:
     for one in CATALOGUE:
         assert one.group in {
             "loader", "rope", "attention", "norm", "mlp", "experts", "embedding", "head",
-            "residual", "cache", "precision",
+            "residual", "cache", "precision", "altup", "laurel", "per_layer",
         }  # fmt: skip
         assert one.says[0].islower()
         assert not one.says.endswith(".")
