@@ -6,10 +6,11 @@ Knows how rounds are arranged and what a row of the result is; how an engine run
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,7 @@ import torch
 
 from portkit.architecture import CausalLM
 from portkit.bench.agreement import Agreement, compare_tokens, judge_paths
-from portkit.bench.engines import LLAMA_CPP
+from portkit.bench.engines import EXACT, FAST, LLAMA_CPP
 from portkit.errors import BenchError
 from portkit.gguf import write_gguf
 from portkit.loading import load
@@ -107,23 +108,26 @@ class Worker:
 
     def run(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> dict[str, Any]:
         assert self._process.stdin is not None
-        print(
-            json.dumps({"prompts": prompts, "num_tokens": num_tokens}),
-            file=self._process.stdin,
-            flush=True,
-        )
+        request = json.dumps({"prompts": prompts, "num_tokens": num_tokens})
+        with suppress(BrokenPipeError):  # then its last words are to be read
+            print(request, file=self._process.stdin, flush=True)
         return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         line = self._process.stdout.readline()
-        if not line:
-            said = self._process.stderr.read().strip().splitlines()
-            reason = said[-1] if said else "it said nothing"
-            raise BenchError(f"{self._engine} cannot be measured: {reason}")
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in answer:
+            raise BenchError(f"{self._engine} cannot be measured: {answer['error']}")
         return answer
+
+    def _last_words(self) -> str:
+        assert self._process.stderr is not None
+        said = self._process.stderr.read().strip().splitlines()
+        if self._process.wait() == -signal.SIGKILL:
+            return "it was killed, as is done where memory runs out: take smaller batches"
+        return said[-1] if said else "it said nothing"
 
     def close(self) -> None:
         """End the process."""
@@ -218,8 +222,8 @@ class _Cell:
 
 
 def _taking_part(engines: Sequence[str], batch: int) -> list[str]:
-    """llama.cpp's package continues one sequence at a time."""
-    return [engine for engine in engines if batch == 1 or engine != LLAMA_CPP]
+    """Only a single row is compiled, has an exact head, or is continued by llama.cpp's package."""
+    return [one for one in engines if batch == 1 or one not in (FAST, EXACT, LLAMA_CPP)]
 
 
 def prompts_of(vocab_size: int, context: int, batch: int) -> list[list[int]]:
