@@ -507,7 +507,9 @@ SITES = (
     Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
     Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
     Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
-    Site("model.layers.{layer}", STREAMS, inputs=STREAMS),
+    Site("model.layers.{layer}.altup#predict", STREAMS, inputs=STREAMS),
+    Site("model.layers.{layer}.altup#correct", STREAMS, inputs=STREAMS, given=("activated",)),
+    Site("model.layers.{layer}", STREAMS, inputs=STREAMS, given=("per_layer_input",)),
     Site("model.norm", TOKENS),
     Site("lm_head", "batch position vocabulary"),
 )

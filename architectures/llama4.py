@@ -13,7 +13,7 @@ A decoder like Llama 3's, departing from it in these places:
   that all tokens pass through. The router's sigmoid weighs an expert's *input*;
 - with eager attention the softmax is in the model's dtype.
 
-The released checkpoints have a vision tower; its tensors are dropped, with the reason.
+The released checkpoints have a vision tower, whose tensors are dropped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from portkit.nn.attention import (
 )
 from portkit.nn.cache import Cache, ChunkedCache, FullCache, LayerCache
 from portkit.nn.mlp import GatedMLP
-from portkit.nn.moe import InputWeightedExperts, Routing
+from portkit.nn.moe import ExpertsByChoice, Routing, weighted
 from portkit.nn.norms import L2Norm, RMSNorm
 from portkit.nn.rope import PolarRotaryEmbedding, RopeParameters, rotate_polar
 from portkit.weights import Copy, Drop, Tie, WeightMap
@@ -168,7 +168,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
         self.qk_norm = L2Norm(config.rms_norm_eps) if config.use_qk_norm and rotates else None
         self.is_tempered = config.attn_temperature_tuning and not rotates
-        self.attn_scale, self.floor_scale = config.attn_scale, config.floor_scale
+        if self.is_tempered:
+            self.attn_scale, self.floor_scale = config.attn_scale, config.floor_scale
         self.attend = KERNELS[kernel](config.head_dim**-0.5)
 
     def forward(
@@ -180,10 +181,10 @@ class Attention(nn.Module):
         past: int,
         cache: LayerCache | None,
     ) -> Tensor:
-        by_head = (*x.shape[:2], -1, self.head_dim)
-        query = self.q_proj(x).view(by_head)  # (batch, tokens, heads, head_dim)
-        key = self.k_proj(x).view(by_head)
-        value = self.v_proj(x).view(by_head)
+        by_head = (*x.shape[:2], -1, self.head_dim)  # (batch, tokens, heads, head_dim)
+        query, key, value = (
+            projection(x).view(by_head) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.rotates:
             query, key = rotate_polar(query, cos, sin), rotate_polar(key, cos, sin)
         if self.qk_norm is not None:
@@ -229,15 +230,15 @@ class SparseMLP(nn.Module):
         super().__init__()
         size, expert_size = config.hidden_size, config.intermediate_size
         self.router = Router(config)
-        self.experts = InputWeightedExperts(config.num_local_experts, size, expert_size, F.silu)
+        self.experts = ExpertsByChoice(config.num_local_experts, size, expert_size, F.silu)
         self.shared_expert = GatedMLP(size, expert_size, F.silu)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(0, 1)
         routing = self.router(x)
         # One after the other as in the reference: it is the order in which gradients are summed.
-        routed = self.experts(x, routing.weights, routing.experts)
-        output: Tensor = self.shared_expert(x) + routed
+        routed = self.experts(weighted(x, routing))
+        output: Tensor = self.shared_expert(x) + routed.values.sum(1)
         return output  # (batch x tokens, hidden_size)
 
 
@@ -312,17 +313,15 @@ class Llama4(CausalLM):
         return logits
 
     def new_cache(self, batch: int, length: int) -> Cache:
-        config = self.config
-        heads, head_dim = config.num_key_value_heads, config.head_dim
-        return Cache(
-            batch,
-            [
-                FullCache(heads, head_dim, length)
-                if kind == FULL
-                else ChunkedCache(heads, head_dim, config.attention_chunk_size)
-                for kind in config.layer_types
-            ],
-        )
+        heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        chunk = self.config.attention_chunk_size
+        caches: list[LayerCache] = [
+            FullCache(heads, head_dim, length)
+            if kind == FULL
+            else ChunkedCache(heads, head_dim, chunk)
+            for kind in self.config.layer_types
+        ]
+        return Cache(batch, caches)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,24 +361,23 @@ MULTIMODAL_WEIGHTS = WeightMap(
 )
 
 _FEED_FORWARD = "model.layers.{layer}.feed_forward"
+_TOKENS, _BY_EXPERT = "batch position channel", "expert batch position channel"
 SITES = (
-    Site("model.embed_tokens", "batch position channel"),
-    Site("model#{table=cos|sin}", "batch position channel"),
-    Site("model.layers.{layer}.input_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.self_attn.{proj=q|k|v|o}_proj", "batch position channel"),
+    Site("model.embed_tokens", _TOKENS),
+    Site("model#{table=cos|sin}", _TOKENS),
+    Site("model.layers.{layer}.{norm=input|post_attention}_layernorm", _TOKENS),
+    Site("model.layers.{layer}.self_attn.{proj=q|k|v|o}_proj", _TOKENS),
+    Site("model.layers.{layer}.self_attn.qk_norm", "batch position head channel"),
     Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
     Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
     Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn", "batch position channel"),
-    Site("model.layers.{layer}.post_attention_layernorm", "batch position channel"),
-    Site(f"{_FEED_FORWARD}.{{proj=gate|up|down}}_proj", "batch position channel"),
+    Site(f"{_FEED_FORWARD}{{which=|.shared_expert}}.{{proj=gate|up|down}}_proj", _TOKENS),
     Site(f"{_FEED_FORWARD}.router", "batch position expert"),
     Site(f"{_FEED_FORWARD}#experts", "batch position expert"),
-    Site(f"{_FEED_FORWARD}.shared_expert.{{proj=gate|up|down}}_proj", "batch position channel"),
-    Site(f"{_FEED_FORWARD}.shared_expert", "batch position channel"),
-    Site(_FEED_FORWARD, "batch position channel"),
-    Site("model.layers.{layer}", "batch position channel"),
-    Site("model.norm", "batch position channel"),
+    Site(f"{_FEED_FORWARD}.experts", _BY_EXPERT, inputs=_BY_EXPERT),
+    Site(f"{_FEED_FORWARD}{{which=|.shared_expert}}", _TOKENS),
+    Site("model.layers.{layer}{part=|.self_attn}", _TOKENS),
+    Site("model.norm", _TOKENS),
     Site("lm_head", "batch position vocabulary"),
 )
 

@@ -87,14 +87,16 @@ class Site:
     """A named tensor that is observed on both sides of a comparison.
 
     `name` is a template in the weight map's language: a module of the text-only reference, whose
-    output is meant, or a functional point behind `#`. `dims` names the tensor's dimensions,
-    `inputs` those of a module's inputs: by default `batch position channel`, or for a norm, which
-    takes what it gives, `dims`.
+    output is meant, or a functional point behind `#`, which may be a method that the module has on
+    both sides. `dims` names the tensor's dimensions, `inputs` those of what is given: by default
+    `batch position channel`, or for a norm, which takes what it gives, `dims`. `given` are further
+    arguments that are observed, (batch, position, channel) each.
     """
 
     name: str
     dims: str
     inputs: str | None = None
+    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,38 @@ def scores(weights: Tensor, experts: Tensor, num_experts: int) -> Tensor:
     return everywhere.scatter(-1, experts, weights)
 
 
+class ByChoice(NamedTuple):
+    """What each token has for each expert that was chosen for it."""
+
+    values: Tensor
+    """(tokens, choices, size)"""
+    experts: Tensor
+    """int64 (tokens, choices): whose they are, in ascending order."""
+    num_experts: int
+
+    def everywhere(self) -> Tensor:
+        """(num_experts x tokens, size), expert after expert, zero where not chosen."""
+        num_tokens, _, size = self.values.shape
+        whole = self.values.new_zeros(self.num_experts, num_tokens, size)
+        return whole.index_put((self.experts, self._tokens()), self.values).flatten(0, 1)
+
+    def taken_from(self, everywhere: Tensor) -> ByChoice:
+        """The same choices of other values, as `everywhere` lays them out."""
+        whole = everywhere.view(self.num_experts, -1, everywhere.shape[-1])
+        return self._replace(values=whole[self.experts, self._tokens()])
+
+    def _tokens(self) -> Tensor:
+        return torch.arange(len(self.experts), device=self.experts.device)[:, None]
+
+
+def weighted(hidden_states: Tensor, routing: Routing) -> ByChoice:
+    """(tokens, hidden_size), as often as there are choices, each times the choice's weight."""
+    experts, order = routing.experts.sort(dim=1)
+    weights = routing.weights.gather(1, order)
+    values = hidden_states[:, None] * weights[..., None]
+    return ByChoice(values, experts, routing.logits.shape[1])
+
+
 class GatedExperts(nn.Module):
     """Gated feed-forward blocks, `down(act(gate(x)) * up(x))`, their outputs weighted and summed.
 
@@ -82,12 +114,12 @@ class GatedExperts(nn.Module):
         return F.linear(self.act(gate) * up, self.down_proj[expert])
 
 
-class InputWeightedExperts(nn.Module):
-    """The same of inputs that are weighted, in place of outputs; matrices of all experts in one.
+class ExpertsByChoice(nn.Module):
+    """The same blocks, of what each is given: who weighs it and who sums it are others.
 
-    They are stored as (experts, in, out), the gate's and up's columns side by side. Every chosen
-    expert computes all tokens: which product a matrix kernel runs depends on how many there are,
-    and the reference runs each expert on all.
+    The matrices of all experts are one, stored as (experts, in, out), the gate's and up's columns
+    side by side. Every chosen expert computes all tokens: which product a matrix kernel runs
+    depends on how many there are, and the reference runs each expert on all.
     """
 
     def __init__(
@@ -104,21 +136,21 @@ class InputWeightedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
         self.act = act
 
-    def forward(self, hidden_states: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """(tokens, hidden_size) to the same; `weights` and `experts` as in `Routing`."""
-        by_expert = scores(weights, experts, len(self.gate_up_proj)).t()[..., None]
-        if torch.is_grad_enabled():  # in one product and one sum, as the gradients' bits want it
-            weighted = hidden_states * by_expert  # (experts, tokens, hidden_size)
-            return self._run(weighted, self.gate_up_proj, self.down_proj, torch.bmm).sum(0)
-        # Of an expert that was not chosen the weighted input is zero, and so is what it makes.
-        ascending = experts.sort(dim=1).values
-        outputs = hidden_states.new_empty(*experts.shape, hidden_states.shape[1])
-        for expert in torch.unique(experts).tolist():
-            weighted = hidden_states * by_expert[expert]
+    def forward(self, chosen: ByChoice) -> ByChoice:
+        """What each expert makes of its tokens; sizes stay."""
+        if torch.is_grad_enabled():  # in one product, as the gradients' bits want it
+            x = chosen.everywhere().view(chosen.num_experts, -1, chosen.values.shape[-1])
+            made = self._run(x, self.gate_up_proj, self.down_proj, torch.bmm)
+            return chosen.taken_from(made.flatten(0, 1))
+        # Of an expert that was not chosen what it is given is zero, and so is what it makes.
+        made = torch.empty_like(chosen.values)
+        for expert in torch.unique(chosen.experts).tolist():
+            tokens, choices = torch.where(chosen.experts == expert)
+            x = torch.zeros_like(chosen.values[:, 0])
+            x[tokens] = chosen.values[tokens, choices]
             matrices = self.gate_up_proj[expert], self.down_proj[expert]
-            tokens, choices = torch.where(ascending == expert)
-            outputs[tokens, choices] = self._run(weighted, *matrices, torch.mm)[tokens]
-        return outputs.sum(1)
+            made[tokens, choices] = self._run(x, *matrices, torch.mm)[tokens]
+        return chosen._replace(values=made)
 
     def _run(
         self,

@@ -37,19 +37,23 @@ def batch_dim(dims: str) -> int:
     return dims.split().index("batch")
 
 
-def by_token(tensor: Tensor, dims: str, batch: int) -> Tensor:
+def by_token(tensor: Tensor, dims: str, one: Pass) -> Tensor:
     """(batch, tokens, …), whatever comes first in `dims`.
 
-    Experts see all rows' tokens as one row, (batch x tokens, …).
+    Experts see all rows' tokens as one row, (batch x tokens, …), or such a row for each of them,
+    one after the other.
     """
-    if _in_one(tensor, dims):
+    batch, num_merged = len(one.input_ids), _num_merged(tensor, dims)
+    if num_merged == 2:
         return tensor.reshape(batch, -1, *tensor.shape[1:])
+    if num_merged == 3:
+        tensor = tensor.reshape(-1, batch, one.num_tokens, *tensor.shape[1:])
     return tensor.movedim((batch_dim(dims), token_dim(dims)), (0, 1))
 
 
 def same_shape(dims: str, port: Tensor, reference: Tensor) -> bool:
     """Equal but for the batch: masks and tables may be for all rows one."""
-    batch = 0 if _in_one(port, dims) else batch_dim(dims)
+    batch = max(0, batch_dim(dims) + 1 - _num_merged(port, dims))
     shapes = [(*one.shape[:batch], *one.shape[batch + 1 :]) for one in (port, reference)]
     return shapes[0] == shapes[1]
 
@@ -60,7 +64,7 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
     Keys and values reach back over the cache: their tokens are the last of past and new.
     """
     batch = len(one.input_ids)
-    moved = by_token(tensor, dims, batch)
+    moved = by_token(tensor, dims, one)
     moved = moved.expand(batch, *moved.shape[1:])  # masks and tables may be for all rows one
     if one.attention_mask is None:
         return moved.reshape(moved.shape[0] * moved.shape[1], -1)
@@ -72,8 +76,9 @@ def picked(found: Tensor) -> Tensor:
     return found[:: max(1, len(found) // 64)][:64]
 
 
-def _in_one(tensor: Tensor, dims: str) -> bool:
-    return tensor.dim() == len(dims.split()) - 1
+def _num_merged(tensor: Tensor, dims: str) -> int:
+    """How many of the first dimensions are one in this tensor."""
+    return len(dims.split()) - tensor.dim() + 1
 
 
 @dataclass
@@ -208,7 +213,7 @@ class Ledger:
     def add_tokens(self, name: str, one: Pass, sums: Tensor, like: Tensor) -> None:
         """`token_sums` of one pass, where the site holds a tensor `like` this one."""
         account = self.sites[name]
-        moved = by_token(like, account.dims, len(one.input_ids))
+        moved = by_token(like, account.dims, one)
         account.inner = tuple(moved.shape[2:])
         account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, moved.shape[1])
 
@@ -257,7 +262,7 @@ def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRec
 
 def _worst(one: Pass, dims: str, port: Tensor, reference: Tensor, place: int) -> Worst:
     """The value at a place among the values of the real tokens."""
-    moved, theirs = (by_token(each, dims, len(one.input_ids)) for each in (port, reference))
+    moved, theirs = (by_token(each, dims, one) for each in (port, reference))
     inner = tuple(moved.shape[2:])
     token, rest = divmod(place, max(1, math.prod(inner)))
     row, position = one.real_of_last(moved.shape[1]).nonzero()[token].tolist()

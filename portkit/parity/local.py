@@ -36,6 +36,8 @@ def recorder(trace: Trace) -> Visit:
     def visit(name: str, tensor: Tensor) -> Tensor:
         # One tensor is often several sites, as a norm's output is three inputs.
         base = tensor._base
+        if base is not None and base.dtype != tensor.dtype:
+            base = None  # real and imaginary parts of it, side by side
         if base is not None and (whole := cloned(base)).stride() == base.stride():
             offset = tensor.storage_offset() - base.storage_offset()
             trace[name] = whole.as_strided(tensor.shape, tensor.stride(), offset)

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from portkit.errors import ReferenceUnavailable
 from portkit.nn.moe import Routing
 from portkit.parity.probe import Pass
+from portkit.parity.roles import visit_tables
 from portkit.parity.sites import (
     Visit,
     choice_of,
     parameters_of,
     visit_inputs,
     visit_routing,
-    visit_tables,
 )
 
 # Where a multimodal model keeps the text model that sites are named after.

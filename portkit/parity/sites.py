@@ -11,10 +11,8 @@ functional point (`model.layers.3.self_attn#query`).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cache
 from itertools import count
 from typing import Any, Protocol
 
@@ -22,10 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from portkit.architecture import CausalLM, Site
-from portkit.nn.moe import Routing
+from portkit.nn.moe import ByChoice, Routing
 from portkit.nn.rope import RotaryEmbedding
 from portkit.parity.compiled import reachable
 from portkit.parity.probe import Pass
+from portkit.parity.roles import (
+    Roles,
+    method_watched,
+    public_methods,
+    visit_choices,
+    visit_tables,
+)
 from portkit.weights import Template
 
 Visit = Callable[[str, Tensor], Tensor]
@@ -129,6 +134,9 @@ class SiteTable:
 
     def __init__(self, sites: Iterable[Site], layers: range | None = None) -> None:
         self._templates = [(Template(site.name), site) for site in sites]
+        points = {template.text.partition("#")[2] for template, _ in self._templates}
+        self._points = [Template(point) for point in points if point]
+        self._words: dict[str, bool] = {}
         self._layers = layers
         self._known: dict[str, str | None] = {}
 
@@ -149,10 +157,20 @@ class SiteTable:
             dims = None if site is None else site.dims
             if site is not None and role == "in":
                 dims = site.inputs or (site.dims if "norm" in base else "batch position channel")
-            elif site is not None and role:  # a rotary table
-                dims = "batch position channel"
+            elif site is not None and role:
+                dims = self._dims_of_role(site, role.removeprefix("in."))
             self._known[name] = dims
         return self._known[name]
+
+    def is_point(self, word: str) -> bool:
+        """Whether some functional point is called so."""
+        if word not in self._words:
+            self._words[word] = any(one.match(word) is not None for one in self._points)
+        return self._words[word]
+
+    def _dims_of_role(self, site: Site, role: str) -> str | None:
+        is_table = role in {"cos", "sin"}
+        return "batch position channel" if is_table or role in site.given else None
 
     def _match(self, template: Template, site: Site, name: str) -> Site | None:
         places = template.match(name)
@@ -175,6 +193,9 @@ def watching(side: Watched, table: SiteTable, visit: Visit) -> Iterator[None]:
             if table.dims(name) is not None:
                 for handle in _hooks(side, name, module, declared):
                     stack.callback(handle.remove)
+            for word in filter(table.is_point, public_methods(module)):
+                if table.dims(f"{name}#{word}") is not None:
+                    stack.enter_context(method_watched(name, module, word, declared))
         stack.enter_context(side.watch_attention(declared))
         stack.enter_context(side.watch_tables(declared))
         yield
@@ -197,48 +218,6 @@ def _hooks(side: Watched, name: str, module: nn.Module, visit: Visit) -> list[An
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True),
     ]
-
-
-@cache
-def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
-
-
-class Roles:
-    """Which arguments of a module are observed, by role and not by place.
-
-    The first tensor is the input; rotary tables come as `cos` and `sin`, or as a pair called
-    `position_embeddings`. Masks and token ids are observed elsewhere.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        own = vars(module).get("forward")
-        self._names = _positional(type(module).forward)[1:] if own is None else _positional(own)
-
-    def visit(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Visit
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # What a bare *args takes goes by its place.
-        places = map(str, range(len(args)))
-        named = dict(
-            zip(self._names if len(self._names) >= len(args) else places, args, strict=False)
-        )
-        first = True
-        for key, value in [*named.items(), *kwargs.items()]:
-            new = value
-            if key == "position_embeddings":
-                new = visit_tables(value, lambda role, table: visit(f".{role}", table))
-            elif isinstance(value, Tensor) and value.is_floating_point():
-                if key in {"cos", "sin"}:
-                    new = visit(f".{key}", value)
-                elif first:
-                    new, first = visit("", value), False
-            if key in kwargs:
-                kwargs[key] = new
-            else:
-                named[key] = new
-        return tuple(named.values()), kwargs
 
 
 def visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
@@ -298,15 +277,6 @@ def choice_of(router: str) -> str:
     return router.rpartition(".")[0] + EXPERTS
 
 
-def visit_tables(tables: Any, visit: Visit) -> Any:
-    """Visit rotary tables as `cos` and `sin`, whether they are a pair or one complex tensor."""
-    if isinstance(tables, Tensor):
-        cos, sin = tables.real.contiguous(), tables.imag.contiguous()
-        return torch.complex(visit("cos", cos), visit("sin", sin))
-    cos, sin = tables
-    return visit("cos", cos), visit("sin", sin)
-
-
 class PortSide:
     """Our own model. `length`: how many tokens its caches are made for.
 
@@ -343,6 +313,8 @@ class PortSide:
     def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
         if isinstance(output, Routing):
             return visit_routing(name, visit, output)
+        if isinstance(output, ByChoice):
+            return visit_choices(name, visit, output)
         return visit(name, output)
 
     def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from portkit.parity.faults.scene import Scene
 from portkit.parity.routing import logits_before
-from portkit.parity.sites import EXPERTS
+from portkit.parity.sites import EXPERTS, choice_of
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ def choices(scene: Scene, site: str) -> Iterator[Choice]:
                 yield Choice(logits, count, form, normalised)
 
 
+def is_router(scene: Scene, site: str) -> bool:
+    """Whether a choice of experts is made by what this module computes."""
+    choice = choice_of(site)
+    return choice in scene.trace and logits_before(choice, scene.trace) == site
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Gated blocks of which a token passes through those that were chosen for it, and their sum."""
@@ -67,12 +73,8 @@ class Mixture:
     """`model.layers.0.mlp`, whose router chose."""
     source: str
     """What experts are given, (tokens, hidden_size)."""
-    as_linear: bool
-    """Matrices are stored as (out, in), and not as (in, out)."""
     weighs: str
     """input, output, or nothing."""
-    shared: str | None = None
-    """The output of an expert that all tokens pass through."""
     shifted: int = 0
     """Experts have the matrices of those so many numbers further on."""
     exchanged: bool = False
@@ -85,35 +87,93 @@ class Mixture:
         if x is None or choice is None or x.dim() != 2:
             return None
         count = max(1, int((choice != 0).sum(-1).max()))
-        weights, experts = choice.topk(count, dim=-1)
-        if not self.as_linear:  # in the order of their numbers, as a sum over all has them
-            experts, order = experts.sort(dim=-1)
-            weights = weights.gather(-1, order)
+        _, experts = choice.topk(count, dim=-1)
         outputs = x.new_zeros(*experts.shape, x.shape[1])
         for expert in torch.unique(experts).tolist():
             tokens, places = torch.where(experts == expert)
-            outputs[tokens, places] = self._of(scene, expert, x, choice, tokens)
-        total = _one_by_one(outputs, experts) if self.one_by_one else outputs.sum(1)
+            weight = choice[tokens, expert, None]
+            given = x[tokens] * weight if self.weighs == "input" else x[tokens]
+            held = (expert + self.shifted) % choice.shape[1]
+            gate_up, down = _matrices(scene, f"{self.block}.experts", held)
+            made = F.linear(_gated(F.linear(given, gate_up), self.exchanged), down)
+            outputs[tokens, places] = made * weight if self.weighs == "output" else made
+        return _one_by_one(outputs, experts) if self.one_by_one else outputs.sum(1)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What all experts are given, one after the other: all tokens, times the expert's weights."""
+
+    choice: str
+    source: str
+    """(tokens, hidden_size)"""
+    weighs: bool = True
+
+    def run(self, scene: Scene, site: str) -> Tensor | None:
+        x, choice = scene.at(self.source), scene.at(self.choice)
+        if x is None or choice is None or x.dim() != 2:
+            return None
+        weights = choice if self.weighs else (choice != 0).to(x.dtype)
+        return (x * weights.t()[..., None]).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What all experts make of that; their matrices are stored as (experts, in, out)."""
+
+    experts: str
+    shifted: int = 0
+    exchanged: bool = False
+
+    def run(self, scene: Scene, site: str) -> Tensor | None:
+        given = scene.at(f"{self.experts}:in")
+        if given is None:
+            return None
+        count = len(scene.facts.parameters[f"{self.experts}.down_proj"])
+        made = []
+        # Each of all tokens, as the reference: how many there are decides which kernel runs.
+        for expert, x in enumerate(given.chunk(count)):
+            gate_up, down = _matrices(scene, self.experts, (expert + self.shifted) % count)
+            made.append(torch.mm(_gated(torch.mm(x, gate_up), self.exchanged), down))
+        return torch.cat(made)
+
+
+@dataclass(frozen=True)
+class Total:
+    """What all experts made of a token, added to what one made that all tokens pass through."""
+
+    choice: str
+    experts: str
+    shared: str | None
+    one_by_one: bool = False
+    weighs: bool = False
+
+    def run(self, scene: Scene, site: str) -> Tensor | None:
+        choice, made = scene.at(self.choice), scene.at(self.experts)
+        if choice is None or made is None or len(made) != choice.numel():
+            return None
+        outputs = made.view(*choice.t().shape, -1).transpose(0, 1)  # (tokens, experts, size)
+        if self.weighs:
+            outputs = outputs * choice[..., None]
+        total = outputs.sum(1)
+        if self.one_by_one:
+            total = _one_by_one(outputs, torch.arange(choice.shape[1]).expand(choice.shape))
         shared = None if self.shared is None else scene.at(self.shared)
         return total if shared is None else shared + total
 
-    def _of(self, scene: Scene, expert: int, x: Tensor, choice: Tensor, tokens: Tensor) -> Tensor:
-        weight = choice[:, expert, None]
-        held = (expert + self.shifted) % choice.shape[1]
-        gate_up, down = (
-            scene.upcast(scene.facts.parameters[f"{self.block}.experts.{name}_proj"][held])
-            for name in ("gate_up", "down")
-        )
-        x = x * weight if self.weighs == "input" else x
-        if self.as_linear:
-            x = x[tokens]
-            halves = F.linear(x, gate_up).chunk(2, dim=-1)
-        else:  # all tokens, as the reference: how many there are decides which kernel runs
-            halves = torch.mm(x, gate_up).chunk(2, dim=-1)
-        gate, up = halves[::-1] if self.exchanged else halves
-        hidden = F.silu(gate) * up
-        made = F.linear(hidden, down) if self.as_linear else torch.mm(hidden, down)[tokens]
-        return made * weight[tokens] if self.weighs == "output" else made
+
+def _matrices(scene: Scene, experts: str, number: int) -> tuple[Tensor, Tensor]:
+    gate_up, down = (
+        scene.upcast(scene.facts.parameters[f"{experts}.{name}_proj"][number])
+        for name in ("gate_up", "down")
+    )
+    return gate_up, down
+
+
+def _gated(both: Tensor, exchanged: bool) -> Tensor:
+    halves = both.chunk(2, dim=-1)
+    gate, up = halves[::-1] if exchanged else halves
+    return F.silu(gate) * up
 
 
 def _one_by_one(outputs: Tensor, experts: Tensor) -> Tensor:
@@ -124,16 +184,23 @@ def _one_by_one(outputs: Tensor, experts: Tensor) -> Tensor:
     return first
 
 
-def mixtures(scene: Scene, site: str) -> Iterator[Mixture]:
-    """What a block of experts, or its experts alone, may do."""
-    block = site.removesuffix(".experts")
-    held = [scene.facts.parameters.get(f"{block}.experts.{n}_proj") for n in ("gate_up", "down")]
-    if held[0] is None or held[1] is None:
+def mixtures(scene: Scene, site: str) -> Iterator[Mixture | Sent | Blocks | Total]:
+    """What a block of experts may do, its experts alone, or what is between router and experts."""
+    block = site.removesuffix(":in").removesuffix(".experts")
+    experts, choice = f"{block}.experts", f"{block}{EXPERTS}"
+    if f"{experts}.gate_up_proj" not in scene.facts.parameters or choice not in scene.trace:
         return
-    hidden_size = scene.facts.config.hidden_size
-    forms = [held[0].shape[2] == hidden_size, held[0].shape[1] != hidden_size]
-    logits = logits_before(f"{block}{EXPERTS}", scene.trace)
-    shared = next((n for n in (f"{block}.shared_expert",) if n in scene.trace), None)
-    for as_linear in sorted({*forms}):
+    source = f"{logits_before(choice, scene.trace)}:in"
+    # Experts are given their choices' weights, or each of them all tokens, weighted already.
+    sent, given = scene.trace.get(f"{experts}:in"), scene.trace.get(source)
+    is_sent = sent is not None and given is not None and len(sent) != len(given)
+    if site == experts and not is_sent:
         for weighs in ("output", "input"):
-            yield Mixture(block, f"{logits}:in", as_linear, weighs, shared)
+            yield Mixture(block, source, weighs)
+    elif site == experts:
+        yield Blocks(experts)
+    elif site == f"{experts}:in" and is_sent:
+        yield Sent(choice, source)
+    elif site == block and is_sent:
+        shared = f"{block}.shared_expert"
+        yield Total(choice, experts, shared if shared in scene.trace else None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from portkit.parity.faults.choosing import Choice, Mixture
-from portkit.parity.faults.fault import Edit, Fault, Place, on
+from portkit.parity.faults.choosing import Blocks, Choice, Mixture, Sent, Total, is_router
+from portkit.parity.faults.fault import Edit, Fault, Place, either, on
+from portkit.parity.faults.modules import Linear
 
 
 def _form(of: str, by: str) -> Edit:
@@ -27,16 +28,22 @@ def _counted(by: int) -> Edit:
     return on(Choice, lambda choice, _: (replace(choice, count=choice.count + by),))
 
 
-def _weighs(of: str, by: str) -> Edit:
-    def edit(mixture: Mixture, place: Place) -> Iterable[Mixture]:
-        return (replace(mixture, weighs=by),) if mixture.weighs == of else ()
-
-    return on(Mixture, edit)
+def _weights_on_input(mixture: Mixture, place: Place) -> Iterator[Mixture]:
+    if mixture.weighs == "output":
+        yield replace(mixture, weighs="input")
 
 
-def _shared_lost(mixture: Mixture, place: Place) -> Iterator[Mixture]:
-    if mixture.shared is not None:
-        yield replace(mixture, shared=None)
+def _shared_lost(total: Total, place: Place) -> Iterator[Total]:
+    if total.shared is not None:
+        yield replace(total, shared=None)
+
+
+_NOT_SENT_WEIGHED = on(Sent, lambda sent, _: (replace(sent, weighs=False),))
+
+
+def _wide_logits(linear: Linear, place: Place) -> Iterator[Linear]:
+    if is_router(place.scene, place.site):
+        yield replace(linear, upcast=True)
 
 
 FAULTS = (
@@ -89,45 +96,63 @@ FAULTS = (
         _counted(1),
     ),
     Fault(
+        "experts.not_weighed",
+        "adds experts without their weights",
+        "each expert counts by the router's weight",
+        either(
+            on(Mixture, lambda mixture, _: (replace(mixture, weighs="nothing"),)),
+            _NOT_SENT_WEIGHED,
+        ),
+    ),
+    Fault(
         "experts.weights_on_input",
         "weighs what an expert is given where this model weighs what it makes",
         "multiply an expert's output by its weight",
-        _weighs("output", "input"),
+        on(Mixture, _weights_on_input),
     ),
     Fault(
         "experts.weights_on_output",
         "weighs what an expert makes where this model weighs what it is given",
         "multiply an expert's input by its weight",
-        _weighs("input", "output"),
-    ),
-    Fault(
-        "experts.not_weighed",
-        "adds experts without their weights",
-        "each expert counts by the router's weight",
-        on(Mixture, lambda mixture, _: (replace(mixture, weighs="nothing"),)),
+        either(_NOT_SENT_WEIGHED, on(Total, lambda total, _: (replace(total, weighs=True),))),
     ),
     Fault(
         "experts.order",
         "gives an expert the matrices of another",
         "stack experts in the order of their numbers, not of their names",
-        on(Mixture, lambda mixture, _: (replace(mixture, shifted=1),)),
+        either(
+            on(Mixture, lambda mixture, _: (replace(mixture, shifted=1),)),
+            on(Blocks, lambda blocks, _: (replace(blocks, shifted=1),)),
+        ),
     ),
     Fault(
         "experts.gate_up_exchanged",
         "activates an expert's `up` and not its `gate`",
         "the gate's half of a fused matrix comes first",
-        on(Mixture, lambda mixture, _: (replace(mixture, exchanged=True),)),
+        either(
+            on(Mixture, lambda mixture, _: (replace(mixture, exchanged=True),)),
+            on(Blocks, lambda blocks, _: (replace(blocks, exchanged=True),)),
+        ),
     ),
     Fault(
         "experts.shared_lost",
         "leaves out the expert that all tokens pass through",
         "add `shared_expert` to the chosen experts' sum",
-        on(Mixture, _shared_lost),
+        on(Total, _shared_lost),
     ),
     Fault(
         "experts.summed_one_by_one",
         "rounds after each expert that it adds",
         "sum a token's experts at once, in float32, and round once",
-        on(Mixture, lambda mixture, _: (replace(mixture, one_by_one=True),)),
+        either(
+            on(Mixture, lambda mixture, _: (replace(mixture, one_by_one=True),)),
+            on(Total, lambda total, _: (replace(total, one_by_one=True),)),
+        ),
+    ),
+    Fault(
+        "experts.router_logits_in_float32",
+        "computes the router's logits in float32",
+        "multiply in the model's dtype, and upcast what comes of it",
+        on(Linear, _wide_logits),
     ),
 )

@@ -1,0 +1,109 @@
+"""How modules and their methods are called: which of what they are given are sites, by role.
+
+Knows Python's signatures and no model. A method that a family declares as a point, as in
+`model.layers.3.altup#predict`, is watched as modules are, on whichever side has it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from portkit.nn.moe import ByChoice
+
+if TYPE_CHECKING:
+    from portkit.parity.sites import Visit
+
+
+@cache
+def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
+
+
+class Roles:
+    """Which arguments of a call are observed, by role and not by place.
+
+    The first tensor is the input; rotary tables come as `cos` and `sin`, or as a pair called
+    `position_embeddings`; other tensors by their own names, where the family declares them. Masks
+    and token ids are observed elsewhere.
+    """
+
+    def __init__(self, module: nn.Module, method: str = "forward") -> None:
+        own = vars(module).get(method)
+        of_class = getattr(type(module), method)
+        self._names = _positional(of_class)[1:] if own is None else _positional(own)
+
+    def visit(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Visit
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # What a bare *args takes goes by its place.
+        places = map(str, range(len(args)))
+        named = dict(
+            zip(self._names if len(self._names) >= len(args) else places, args, strict=False)
+        )
+        first = True
+        for key, value in [*named.items(), *kwargs.items()]:
+            new = value
+            if key == "position_embeddings":
+                new = visit_tables(value, lambda role, table: visit(f".{role}", table))
+            elif isinstance(value, ByChoice):
+                new, first = visit_choices("", visit, value), False
+            elif isinstance(value, Tensor) and value.is_floating_point():
+                role = "" if first and key not in {"cos", "sin"} else f".{key}"
+                new, first = visit(role, value), first and role != ""
+            if key in kwargs:
+                kwargs[key] = new
+            else:
+                named[key] = new
+        return tuple(named.values()), kwargs
+
+
+def visit_choices(name: str, visit: Visit, chosen: ByChoice) -> ByChoice:
+    """Visit what each token has for each expert, as expert after expert, zero where not chosen."""
+    everywhere = chosen.everywhere()
+    seen = visit(name, everywhere)
+    return chosen if seen is everywhere else chosen.taken_from(seen)
+
+
+def visit_tables(tables: Any, visit: Visit) -> Any:
+    """Visit rotary tables as `cos` and `sin`, whether they are a pair or one complex tensor."""
+    if isinstance(tables, Tensor):
+        cos, sin = tables.real.contiguous(), tables.imag.contiguous()
+        return torch.complex(visit("cos", cos), visit("sin", sin))
+    cos, sin = tables
+    return visit("cos", cos), visit("sin", sin)
+
+
+def public_methods(module: nn.Module) -> Iterator[str]:
+    """What a module's class defines beside `forward`."""
+    for name, value in vars(type(module)).items():
+        if callable(value) and name != "forward" and not name.startswith("_"):
+            yield name
+
+
+@contextmanager
+def method_watched(name: str, module: nn.Module, method: str, visit: Visit) -> Iterator[None]:
+    """Visit what a method of the module `name` is given, and what it returns."""
+    call, roles, site = getattr(module, method), Roles(module, method), f"{name}#{method}"
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = roles.visit(
+            args, kwargs, lambda role, tensor: visit(f"{site}:in{role}", tensor)
+        )
+        return visit(site, call(*args, **kwargs))
+
+    before = vars(module).get(method)  # somebody may have given this module one of its own
+    setattr(module, method, watched)
+    try:
+        yield
+    finally:
+        delattr(module, method)
+        if before is not None:
+            setattr(module, method, before)
