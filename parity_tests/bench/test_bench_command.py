@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import portkit
-from portkit.bench.decode import Plan, Worker
 from portkit.bench.roofline import bytes_per_token
 from portkit.cli import bench, main
-from portkit.errors import BenchError
 from portkit.loading import load
 
 DEMO = Path(portkit.__file__).parent / "demo_checkpoint"
@@ -135,21 +132,3 @@ def test_extras_that_are_missing_are_named(
 def test_an_engine_that_cannot_start_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("decode", str(DEMO), "--threads", "1", "--dtype", "float64") == 2
     assert "float64" in capsys.readouterr().err
-
-
-def test_words_of_an_engine_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own words, its last line, or that it was killed."""
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    plan = Plan(str(DEMO), "bfloat16", ("fast",), (9,), (1,), 3, 1, 1, 1021)
-    worker = Worker(plan, "fast")
-    with pytest.raises(BenchError, match=r"fast cannot .* no C.. compiler"):
-        worker.run([[1, 2, 3]], 3)
-    worker.close()
-    worker = Worker(plan, "readable")
-    worker._process.kill()
-    with pytest.raises(BenchError, match="readable cannot be measured: it was killed"):
-        worker.run([[1, 2, 3]], 3)
-    worker.close()
-    with pytest.raises(BenchError, match="cannot be measured"):
-        Worker(replace(plan, repo="/nowhere/at/all"), "readable")

@@ -61,7 +61,7 @@ def test_sampling_and_batches_too(tmp_path: Path) -> None:
 def test_a_thousand_tokens_of_the_demo_checkpoint() -> None:
     """In four stories to the end of its context, ends of stories do not end them."""
     loaded = load(DEMO, dtype="float32")
-    settings = GenerationSettings()
+    settings = GenerationSettings(max_new_tokens=1000)
     length = loaded.config.max_position_embeddings
     fast, num_tokens = FastModel(loaded.model), 0
     for prompt in ([1, 2, 3], [2], [2, 300, 41], [2, 700]):
