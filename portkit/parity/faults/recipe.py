@@ -37,6 +37,10 @@ class Cookbook:
         self.facts, self._candidates = facts, candidates
         self._known: dict[str, Recipe | None] = {}
 
+    def knows(self, site: str) -> bool:
+        """Whether a site was observed before."""
+        return site in self._known
+
     def recipe(self, scene: Scene, site: str) -> Recipe | None:
         """The first candidate that gives the recorded tensor in every bit."""
         if site not in self._known and not scene.exact:
