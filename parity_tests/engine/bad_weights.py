@@ -205,7 +205,7 @@ TENSORS = [
     Case(
         "sparse layer said to be dense, experts stacked",
         config({"moe_layers": []}),
-        ("3 missing: model.layers.1.feed_forward.down_proj.weight", "6 unexpected", "experts"),
+        ("3 missing: model.layers.1.feed_forward.gate_proj.weight", "unexpected", "experts"),
         1,
         "llama4_text",
     ),
