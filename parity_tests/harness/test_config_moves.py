@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typer.testing import CliRunner
 
-from architectures.gemma3 import Gemma3
+from architectures.gemma3 import Gemma3, Gemma3Config
 from architectures.qwen3 import Qwen3Config
 from parity_tests.checkpoints import TINY
 from parity_tests.conftest import CheckpointMaker
@@ -25,7 +25,7 @@ from portkit.nn.rope import RopeParameters
 from portkit.parity.ledger import LOGITS
 from portkit.parity.local import Trace, recorder
 from portkit.parity.moving import ConfigMoves
-from portkit.parity.neighbours import moves
+from portkit.parity.neighbours import Move, Neighbour, moves
 from portkit.parity.probe import Probe
 from portkit.parity.probing import default_probe, quick_probe
 from portkit.parity.prove import Question, prove
@@ -221,6 +221,22 @@ def test_a_model_that_ignores_fields_is_found_out(
     assert "config: final_logit_softcapping" not in named
 
 
+def test_a_port_that_cannot_be_moved_is_not_seen_and_says_so(
+    tiny_checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, build = tiny_checkpoint("gemma3 shallow", torch.bfloat16), Gemma3.__init__
+
+    def checked(self: Gemma3, config: Any, kernel: str = "sdpa") -> None:
+        if not isinstance(config, Gemma3Config):
+            raise TypeError("no config of ours")
+        build(self, config, kernel)
+
+    monkeypatch.setattr(Gemma3, "__init__", checked)
+    fields = moved(folder, torch.bfloat16, quick_probe).fields
+    assert {one.seen for one in fields.values()} == {False}
+    assert {one.by for one in fields.values()} == {"it could not be moved: no config of ours"}
+
+
 def test_reports_name_a_field_that_is_not_seen(
     tiny_checkpoint: CheckpointMaker, tmp_path: Path
 ) -> None:
@@ -256,6 +272,14 @@ def test_layers_that_are_left_out_say_so(tiny_checkpoint: CheckpointMaker) -> No
     assert named["config: final_logit_softcapping"] == "nothing shows None read as 1.0"
 
 
+@dataclass(frozen=True)
+class Strange:
+    """A config with a value that no rule moves."""
+
+    act: str = "silu"
+    table: complex = 1j
+
+
 def test_the_nearest_values() -> None:
     rope = RopeParameters(rope_type="linear", rope_theta=1e4, factor=4.0)
     config = Qwen3Config(
@@ -284,6 +308,10 @@ def test_the_nearest_values() -> None:
     assert [one.becomes for one in alone.neighbours] == [(2, None, None)]
     (said,) = (one.said for one in alone.neighbours)
     assert said == "None of layer 0 read as 2"
+    assert list(moves(Strange(), {"act": ("relu", "silu")})) == [
+        Move("act", (Neighbour(Strange(act="relu"), "silu", "relu"),)),
+        Move("table", ()),
+    ]
 
 
 def test_a_dtype_that_shows_a_field_settles_it() -> None:

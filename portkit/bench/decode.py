@@ -41,6 +41,7 @@ class Plan:
     threads: int
     vocab_size: int
     gguf: str | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Row:
     prefill_s: float
     step_s: float
     peak_rss_bytes: int
+    peak_device_bytes: int | None
     compile_s: float
     bytes_per_token: int | None
     agreement: Agreement
@@ -76,6 +78,7 @@ class Row:
             "prefill_ms": 1000 * self.prefill_s,
             "compile_s": self.compile_s,
             "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
             "bytes_per_token": read,
             "bandwidth_fraction": None if read is None else read / self.step_s / bandwidth,
             "same_tokens": self.agreement.same,
@@ -93,6 +96,7 @@ class Worker:
             "repo": plan.repo,
             "dtype": plan.dtype,
             "threads": plan.threads,
+            "device": plan.device,
             "gguf": plan.gguf,
             "context": max(plan.contexts) + plan.num_tokens,
         }
@@ -164,7 +168,7 @@ def measure(plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Row]
         for worker in workers.values():
             worker.close()
     # Only now, when nothing is measured any more.
-    model = load(plan.repo, dtype=plan.dtype, device="cpu").model
+    model = load(plan.repo, dtype=plan.dtype, device=plan.device).model
     verdicts = judge_paths(model, plan.engines, plan.vocab_size)
     return [row for cell in cells for row in cell.rows(model, verdicts)]
 
@@ -172,7 +176,7 @@ def measure(plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Row]
 def num_runs(plan: Plan) -> int:
     """How often `measure` advances."""
     return sum(
-        (plan.rounds + 1) * len(_taking_part(plan.engines, batch))
+        (plan.rounds + 1) * len(_taking_part(plan, batch))
         for _ in plan.contexts
         for batch in plan.batches
     )
@@ -191,7 +195,7 @@ class _Cell:
     ) -> None:
         self._plan, self._context, self._batch = plan, context, batch
         self._prompts = prompts_of(plan.vocab_size, context, batch)
-        engines = _taking_part(plan.engines, batch)
+        engines = _taking_part(plan, batch)
         self._answers: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
         for number in range(plan.rounds + 1):
             for engine in engines:
@@ -213,6 +217,7 @@ class _Cell:
                 prefill_s=median(one["prefill_s"] for one in found),
                 step_s=median(median(one["step_s"]) for one in found),
                 peak_rss_bytes=found[-1]["peak_rss_bytes"],
+                peak_device_bytes=found[-1]["peak_device_bytes"],
                 compile_s=found[-1]["compile_s"],
                 bytes_per_token=found[-1].get("bytes_per_token"),
                 agreement=agreements[engine],
@@ -221,9 +226,10 @@ class _Cell:
         ]
 
 
-def _taking_part(engines: Sequence[str], batch: int) -> list[str]:
-    """Only a single row is compiled, has an exact head, or is continued by llama.cpp's package."""
-    return [one for one in engines if batch == 1 or one not in (FAST, EXACT, LLAMA_CPP)]
+def _taking_part(plan: Plan, batch: int) -> list[str]:
+    """On a CPU a single row alone is compiled or has an exact head; llama.cpp continues one."""
+    alone = (FAST, EXACT, LLAMA_CPP) if plan.device == "cpu" else (LLAMA_CPP,)
+    return [one for one in plan.engines if batch == 1 or one not in alone]
 
 
 def prompts_of(vocab_size: int, context: int, batch: int) -> list[list[int]]:

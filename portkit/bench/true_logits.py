@@ -23,7 +23,7 @@ def true_logits(model: CausalLM, input_ids: Tensor, start: int) -> Tensor:
     """Float64 logits (batch, tokens - start, vocab_size) of int64 `input_ids` (batch, tokens)."""
     with _wide_while_running(model), casts_lifted():
         cache = model.new_cache(len(input_ids), input_ids.shape[1])
-        positions = torch.arange(input_ids.shape[1])[None].expand(len(input_ids), -1)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden_states = model.hidden_states(input_ids, positions=positions, cache=cache)
         return model.logits(hidden_states[:, start:])
 
