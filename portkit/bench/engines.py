@@ -168,6 +168,7 @@ LLAMA_CPP = "llama.cpp"
 _COMPILED = (FAST, EXACT)
 
 
+@torch.inference_mode()
 def _timed(
     prefill: Callable[[], Tensor],
     greedy: Callable[[Tensor], Tensor],

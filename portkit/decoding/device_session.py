@@ -75,12 +75,17 @@ class DeviceSession:
         self._step: _Step | None = None
         self._stays_readable = False
 
-    @torch.inference_mode()
+    @property
+    def is_fast(self) -> bool:
+        """Whether it decodes by the fast path: ready to, and not left to the readable model."""
+        return self._step is not None
+
+    @torch.no_grad()
     def prefill(self, chunk: int | None = None) -> Tensor:
         """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
         return self._prompted.prefill(chunk)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prepare(self, *, wait: bool = False) -> None:
         """Get ready to decode, as the first step does; with `wait` also record the greedy step."""
         if self._step is None and not self._stays_readable:
@@ -96,7 +101,7 @@ class DeviceSession:
         if wait and self._step is not None:
             self._step.record(self._greedy)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Logits (batch, vocab) after one more token (batch,) in each row, whichever it is."""
         self.prepare()
@@ -106,12 +111,12 @@ class DeviceSession:
         self._step.tokens.copy_(tokens)
         return self._step.replay(None).clone()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def greedy(self, tokens: Tensor) -> Tensor:
         """The likeliest tokens (batch, 1) after one more (batch,); -1 where logits are NaN."""
         return self.draw(tokens, self._greedy)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def draw(self, tokens: Tensor, choose: Choice) -> Tensor:
         """What `choose`, always the same, makes of the logits after one more token (batch,)."""
         self.prepare()

@@ -271,15 +271,22 @@ def kill_matrix(
     probe: Probe,
     gate: str = "exact",
     tell: Callable[[str], None] = lambda _: None,
+    beside: Callable[[Pass, Trace], None] = lambda *_: None,
 ) -> tuple[Fate, ...]:
-    """Run the probe once on the reference, and every fault on what is recorded."""
+    """Run the probe once on the reference, and every fault on what is recorded.
+
+    `beside` is shown what was recorded, too.
+    """
     matrix, caches = KillMatrix(reference, table, probe, gate), dict[str, Any]()
     for one in probe:
         tell(one.name)
         trace: Trace = {}
         with watching(reference, table, recorder(trace)):
-            reference.run(one, caches)
+            logits = reference.run(one, caches)
         matrix.see(one, trace)
+        if "lm_head" in trace:
+            trace[LOGITS] = logits
+        beside(one, trace)
     return matrix.fates()
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from portkit.parity.gradients import GradientParity
     from portkit.parity.kill import Fate
     from portkit.parity.probe import Probe
+    from portkit.parity.sensitivity import Sensitivity
     from portkit.parity.teeth import Teeth
 
 
@@ -42,6 +43,8 @@ class Comparison:
     not_verified: tuple[NotVerified, ...] = ()
     fates: tuple[Fate, ...] = ()
     """What became of each fault of the catalogue that was tried."""
+    config: tuple[Sensitivity, ...] = ()
+    """Which fields of the config the probe sees."""
     notes: tuple[str, ...] = ()
     causes: dict[str, Cause] = field(default_factory=dict)
     """Why each culprit differs, as far as it is known."""
