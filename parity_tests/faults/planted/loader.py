@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parity_tests.faults.planted.planting import (
     BIASES,
@@ -83,17 +83,24 @@ def lexicographic_layers(model: Model) -> str:
 
 
 def _reorder(model: Model, order: list[int]) -> None:
-    model.model.layers = nn.ModuleList(model.model.layers[index] for index in order)
+    """What layers hold, and not what they are: of some families they are of different kinds."""
+    held = [dict(layer.named_parameters()) for layer in layers(model)]
+    for layer, source in zip(layers(model), order, strict=True):
+        _hold_all(layer, held[source])
+
+
+def _hold_all(layer: Any, theirs: dict[str, Tensor]) -> None:
+    """Another layer's tensors, where this one has a place of that shape for them."""
+    for path, module in layer.named_modules():
+        for name, own in [*module.named_parameters(recurse=False)]:
+            tensor = theirs.get(f"{path}.{name}".removeprefix("."))
+            if tensor is not None and tensor.shape == own.shape:
+                hold(module, name, tensor)
 
 
 def layer_zero_everywhere(model: Model) -> str:
-    source = dict(layers(model)[0].named_modules())
     for layer in layers(model)[1:]:
-        for path, module in layer.named_modules():
-            for name, _ in [*module.named_parameters(recurse=False)]:
-                theirs = getattr(source.get(path), name, None)
-                if theirs is not None and theirs.shape == getattr(module, name).shape:
-                    hold(module, name, theirs)
+        _hold_all(layer, dict(layers(model)[0].named_parameters()))
     return _at("1.self_attn.q_proj.weight")
 
 
