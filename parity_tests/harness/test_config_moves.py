@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typer.testing import CliRunner
 
-from architectures.gemma3 import Gemma3
+from architectures.gemma3 import Gemma3, Gemma3Config
 from architectures.qwen3 import Qwen3Config
 from parity_tests.checkpoints import TINY
 from parity_tests.conftest import CheckpointMaker
@@ -219,6 +219,22 @@ def test_a_model_that_ignores_fields_is_found_out(
     named = {one.name: one for one in prove(question).not_verified}
     assert named["config: rms_norm_eps"].reason.startswith(found["rms_norm_eps"].by)
     assert "config: final_logit_softcapping" not in named
+
+
+def test_a_port_that_cannot_be_moved_is_not_seen_and_says_so(
+    tiny_checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, build = tiny_checkpoint("gemma3 shallow", torch.bfloat16), Gemma3.__init__
+
+    def checked(self: Gemma3, config: Any, kernel: str = "sdpa") -> None:
+        if not isinstance(config, Gemma3Config):
+            raise TypeError("no config of ours")
+        build(self, config, kernel)
+
+    monkeypatch.setattr(Gemma3, "__init__", checked)
+    fields = moved(folder, torch.bfloat16, quick_probe).fields
+    assert {one.seen for one in fields.values()} == {False}
+    assert {one.by for one in fields.values()} == {"it could not be moved: no config of ours"}
 
 
 def test_reports_name_a_field_that_is_not_seen(

@@ -12,10 +12,11 @@ from parity_tests.conftest import CheckpointMaker
 from portkit.cli import app
 from portkit.loading import load
 from portkit.parity.faults.catalogue import CATALOGUE, NAMED
+from portkit.parity.faults.needs import NEEDS
 from portkit.parity.faults.observing import candidates
 from portkit.parity.faults.recipe import Cookbook
 from portkit.parity.faults.scene import Facts, Scenes
-from portkit.parity.kill import NEEDS, Fate, kill_matrix
+from portkit.parity.kill import Fate, kill_matrix
 from portkit.parity.local import Trace, recorder
 from portkit.parity.probing import default_probe, quick_probe, thorough_probe
 from portkit.parity.reference import Reference, load_reference

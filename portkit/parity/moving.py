@@ -9,7 +9,7 @@ other values do not fit the checkpoint's tensors is held by loading. Knows no fa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -77,8 +77,14 @@ class ConfigMoves:
         to_move = [
             one for one in moves(blueprint.config, blueprint.choices) if one.field not in known
         ]
+        with self._asking(to_move):
+            self._prepare(to_move, model)
+
+    def _prepare(self, to_move: list[Move], model: CausalLM) -> None:
+        """Make the twins."""
         if not to_move:
             return
+        blueprint = self._blueprint
         self._noting = Noting(blueprint.config)
         self._base = twin_of(blueprint, self._noting, model)
         self._plain = twin_of(blueprint, blueprint.config, model)
@@ -87,7 +93,20 @@ class ConfigMoves:
             self._fields.setdefault(move.field, [])
             self._begin(move, model, move.top in while_built)
         run = {name for twin in self._open for name in twin.otherwise}
-        stand_in(self._base, run, table, self._shelf)
+        stand_in(self._base, run, self._table, self._shelf)
+
+    @contextmanager
+    def _asking(self, to_move: Iterable[Move]) -> Iterator[None]:
+        """Where a port as it is cannot be moved, none of its open fields is seen."""
+        try:
+            yield
+        except _BROKEN as error:
+            if ran_out_of_memory(error):
+                raise
+            for move in to_move:
+                self._fields.setdefault(move.field, [])
+                self._tell(move, False, f"it could not be moved: {error}")
+            self._open.clear()
 
     def _begin(self, move: Move, model: CausalLM, is_built_of: bool) -> None:
         """Make the nearest neighbour that is another model, or say what holds the field."""
@@ -130,7 +149,8 @@ class ConfigMoves:
             if not is_recorded:
                 expected[site] = ours
 
-        self._run(self._base, one, self._caches, trace, note)
+        with self._asking([twin.move for twin in self._open]):
+            self._run(self._base, one, self._caches, trace, note)
         self._shelf.put(expected, one.input_ids)
         for twin in list(self._open):
             if not twin.otherwise and twin.move.top not in self._noting.read:
@@ -164,10 +184,8 @@ class ConfigMoves:
 
     def _equal(self, site: str, one: Pass, ours: Tensor, theirs: Tensor) -> bool:
         """At the real tokens, in every bit."""
-        if torch.equal(ours, theirs):
-            return True
         dims = self._dims(site)
-        if not same_shape(dims, ours, theirs) or ours.dtype != theirs.dtype:
+        if ours.dtype != theirs.dtype or not same_shape(dims, ours, theirs):
             return False
         return torch.equal(*(rows(each, dims, one) for each in (ours, theirs)))
 
@@ -193,9 +211,9 @@ class ConfigMoves:
             recorded = trace.get(site)
             if recorded is None:
                 return tensor
-            is_recorded = torch.equal(tensor, recorded)
+            is_recorded = tensor.dtype == recorded.dtype and torch.equal(tensor, recorded)
             look(site, tensor, is_recorded)
-            return tensor if is_recorded else recorded.clone()
+            return tensor if is_recorded else recorded.clone().to(tensor.dtype)
 
         batch = len(one.input_ids)
         cache = caches.pop(one.continues or "", None) or model.new_cache(batch, self._probe.longest)
@@ -220,10 +238,10 @@ class ConfigMoves:
             dims = self._dims(f"{site}:in")
             last = by_token(given, dims, one)[:, -1].double()
             theirs = self._plain.get_submodule(site)
-            with held_in_float64(ours, theirs), casts_lifted():
+            with suppress(*_BROKEN), held_in_float64(ours, theirs), casts_lifted():
                 a, b = ours(last), theirs(last)
-            if float((a - b).norm()) > SAME_FUNCTION * float(b.norm()):
-                return f"{site}, float64,"
+                if float((a - b).norm()) > SAME_FUNCTION * float(b.norm()):
+                    return f"{site}, float64,"
         return None
 
     def found(self) -> tuple[Sensitivity, ...]:

@@ -59,6 +59,12 @@ class Comparison:
         return tuple(one for one in self.judgements if one.verdict is Verdict.diverged)
 
     @property
+    def rounded(self) -> tuple[tuple[Judgement, Cause], ...]:
+        """Sites that are rounding and whose very bits a known fault gives, with that cause."""
+        found = (one for one in self.judgements if one.verdict is Verdict.rounding)
+        return tuple((one, self.causes[one.site]) for one in found if one.site in self.causes)
+
+    @property
     def num_exact(self) -> int:
         return sum(one.verdict is Verdict.exact for one in self.judgements)
 

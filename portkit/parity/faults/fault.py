@@ -57,7 +57,7 @@ class Fault:
     """What to do about it."""
     edit: Edit
     needs: tuple[str, ...] = ()
-    """What a probe must have to show it, in words of `kill.NEEDS`."""
+    """What a probe must have to show it, in words of `needs.NEEDS`."""
     fits: bool = False
     """A recipe's `fitted` tells the number that the wrong port has."""
     leaves_out: bool = False
