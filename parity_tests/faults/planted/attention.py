@@ -14,6 +14,7 @@ from parity_tests.faults.planted.attention_forward import (
     Turn,
     as_it_should_be,
     before_rotation,
+    normed,
     rewrite,
     turned,
 )
@@ -94,18 +95,17 @@ def _value_rotated(attention: Any, heads: Heads, cos: Tensor, sin: Tensor) -> He
     return query, key, turned(attention, value, cos, sin)
 
 
-def _without(name: str) -> Plant:
+def _without(left_out: str) -> Plant:
     """A norm of heads that nobody calls."""
 
     def turn(attention: Any, heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
-        normal = before_rotation(attention, heads)
         query, key, value = (
-            before if name == one else after
-            for one, before, after in zip(HEAD_NORMS, heads, normal, strict=True)
+            one if name == left_out else normed(attention, name, one)
+            for name, one in zip(HEAD_NORMS, heads, strict=True)
         )
         return turned(attention, query, cos, sin), turned(attention, key, cos, sin), value
 
-    return _turns(turn, f".{name}:in")
+    return _turns(turn, f".{left_out}:in")
 
 
 def qk_norms_swapped(model: Model) -> str:

@@ -306,5 +306,7 @@ def acts_by(*names: str) -> Need:
 
 def activation(model: Model) -> str:
     """The function that gates its feed-forwards, by its name."""
-    found = next(iter(feed_forwards(model).values()))
+    found = next(iter(feed_forwards(model).values()), None)
+    if found is None:
+        return "none: there are experts alone"
     return str(getattr(getattr(found, "act", None), "__name__", "gelu_tanh"))
