@@ -25,7 +25,7 @@ from portkit.nn.rope import RopeParameters
 from portkit.parity.ledger import LOGITS
 from portkit.parity.local import Trace, recorder
 from portkit.parity.moving import ConfigMoves
-from portkit.parity.neighbours import moves
+from portkit.parity.neighbours import Move, Neighbour, moves
 from portkit.parity.probe import Probe
 from portkit.parity.probing import default_probe, quick_probe
 from portkit.parity.prove import Question, prove
@@ -272,6 +272,14 @@ def test_layers_that_are_left_out_say_so(tiny_checkpoint: CheckpointMaker) -> No
     assert named["config: final_logit_softcapping"] == "nothing shows None read as 1.0"
 
 
+@dataclass(frozen=True)
+class Strange:
+    """A config with a value that no rule moves."""
+
+    act: str = "silu"
+    table: complex = 1j
+
+
 def test_the_nearest_values() -> None:
     rope = RopeParameters(rope_type="linear", rope_theta=1e4, factor=4.0)
     config = Qwen3Config(
@@ -300,6 +308,10 @@ def test_the_nearest_values() -> None:
     assert [one.becomes for one in alone.neighbours] == [(2, None, None)]
     (said,) = (one.said for one in alone.neighbours)
     assert said == "None of layer 0 read as 2"
+    assert list(moves(Strange(), {"act": ("relu", "silu")})) == [
+        Move("act", (Neighbour(Strange(act="relu"), "silu", "relu"),)),
+        Move("table", ()),
+    ]
 
 
 def test_a_dtype_that_shows_a_field_settles_it() -> None:

@@ -8,14 +8,14 @@ visible of the caches in sizes that double; which slots hold something a mask sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from portkit.decoding.caches import StaticCache
-from portkit.decoding.lowering import INPUT_IDS, Value
+from portkit.decoding.lowering import INPUT_IDS, Value, Weight
 from portkit.decoding.memory import check_memory
 from portkit.decoding.prompted import Prompted
 from portkit.decoding.replay import Outbox, Replay
@@ -140,6 +140,7 @@ class _Step:
         self._program = fast.program(cache, masked=True)
         self._regions = [fast.bind(region, cache.batch) for region in self._program.regions]
         self._head = fast.bind(self._program.head, cache.batch)
+        self._likeliest = self._greedily(fast)
         self._values: dict[str, Tensor] = {}
         self._tables: dict[str, Tensor] = {}
         positions = torch.arange(self._length, device=fast.device)[None]
@@ -176,6 +177,18 @@ class _Step:
             )
         return self._recorded[bucket, choose]
 
+    def _greedily(self, fast: FastModel) -> Callable[[Tensor], Tensor] | None:
+        """What the head reads to the likeliest token, where no logit need be written for it."""
+        likeliest = fast.runner.likeliest
+        if likeliest is None or self._cache.batch > 1 or not fast.has_plain_head(self._program):
+            return None
+        (weight,) = [
+            held
+            for one, held in zip(self._program.head.arguments, self._head.arguments, strict=True)
+            if isinstance(one, Weight)
+        ]
+        return lambda hidden_states: likeliest(hidden_states, weight)
+
     def _bucket(self) -> int:
         """How many tokens' slots the next step sees at most."""
         bucket = _SMALLEST_BUCKET
@@ -188,17 +201,23 @@ class _Step:
         self._values[INPUT_IDS.name] = self.tokens[:, None]
         for region in self._regions:
             region.run(self._values)
-        (read,) = [one.name for one in self._program.head.arguments if isinstance(one, Value)]
-        self._values[read] = self._values[self._program.hidden.name]
-        self._head.run(self._values)
-        logits = self._values[self._program.head.results[0].name][:, -1]
         self._past.add_(1)
+        hidden_states = self._values[self._program.hidden.name]
         if choose is None:
-            return logits
-        found = choose(logits)
+            return self._logits(hidden_states)
+        if isinstance(choose, Greedy) and self._likeliest is not None:
+            found = self._likeliest(hidden_states)
+        else:
+            found = choose(self._logits(hidden_states))
         # Of a row that is damaged the host hears by the next token; the device must not stumble.
         self.tokens.copy_(found[:, 0].clamp(min=0))
         return found
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        (read,) = [one.name for one in self._program.head.arguments if isinstance(one, Value)]
+        self._values[read] = hidden_states
+        self._head.run(self._values)
+        return self._values[self._program.head.results[0].name][:, -1]
 
     def _show(self, bucket: int) -> None:
         """Set slots, masks, tables and what is visible of the caches."""

@@ -110,7 +110,7 @@ class ConfigMoves:
 
     def _begin(self, move: Move, model: CausalLM, is_built_of: bool) -> None:
         """Make the nearest neighbour that is another model, or say what holds the field."""
-        twin, failed = None, "no other value goes with the rest of the config"
+        twin, failed = None, "no rule knows another value"
         for neighbour in move.neighbours:
             try:
                 made = twin_of(self._blueprint, neighbour.config, model)
@@ -126,7 +126,7 @@ class ConfigMoves:
             if any(otherwise.values()) or not is_built_of:
                 break
         if twin is None:
-            self._tell(move, True, failed)
+            self._tell(move, bool(move.neighbours), failed)
             return
         stand_in(twin.model, twin.otherwise, self._table, self._shelf)
         self._open.append(twin)

@@ -44,6 +44,7 @@ class Move:
     field: str
     """`rope_parameters.full_attention.factor`"""
     neighbours: tuple[Neighbour, ...]
+    """None: no rule knows another value."""
 
     @property
     def top(self) -> str:
@@ -80,7 +81,7 @@ def _places(config: Any, choices: Mapping[str, tuple[str, ...]]) -> Iterator[_Pl
 
         if isinstance(value, RopeParameters):
             yield from _of_rotation(name, value, put)
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and _are_rotations(value):
             for key, rope in value.items():
 
                 def put_for(other: Any, key: str = key, all_: Any = value, put: Any = put) -> Any:
@@ -137,8 +138,11 @@ def _nearest(value: Any, hint: Any, words: tuple[str, ...]) -> list[Any]:
         return [value + 1, value - 1, 2 * value, value // 2]
     if isinstance(value, float):
         return [value * STEP, value / STEP, 2 * value, value / 2] if value else [STEP - 1]
-    assert isinstance(value, str), f"no rule moves {value!r}"
     return [word for word in words if word != value]
+
+
+def _are_rotations(values: Mapping[str, Any]) -> bool:
+    return all(isinstance(one, RopeParameters) for one in values.values())
 
 
 def _short(value: Any) -> str:
