@@ -65,6 +65,11 @@ def llama4(**config: Any) -> Tiny:
     return Tiny("Llama4", given)
 
 
+def _mistral(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    return Tiny("Mistral", {**_SHARED, **heads, "head_dim": 40, "sliding_window": 24, **config})
+
+
 def gemma3(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2}
     windows = {"sliding_window": 24, "query_pre_attn_scalar": 48}
@@ -173,6 +178,16 @@ TINY: dict[str, Tiny] = {
         num_key_value_heads=1,
         num_attention_heads=4,
         num_hidden_layers=12,
+    ),
+    "mistral": _mistral(num_hidden_layers=12),
+    "mistral without a window": _mistral(
+        sliding_window=None,
+        head_dim=None,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        pad_token_id=3,
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
     ),
     "smollm3": smollm3(),
     "smollm3 sliding": smollm3(

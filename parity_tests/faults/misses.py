@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-_CLOSER = (
-    "one cast fewer than the reference: closer to the truth, and so `rounding`; causes are told of "
-    "what diverged"
-)
 NOT_NAMED: dict[str, str] = {
     "rope.theta": "a base of 10,000 for the full layers is also the local layers' table",
     "attention.norm_after_rotation": "its first site is the norm's input, where the catalogue has "
@@ -18,11 +14,5 @@ NOT_NAMED: dict[str, str] = {
     "both are true",
     "norm.epsilon (by a ten-thousandth)": "in float32 the epsilon was not read off what the port "
     "computes",
-    "norm.weight_before_cast": _CLOSER,
-    "precision.rotation_upcast": _CLOSER,
-    "precision.residual_upcast": _CLOSER,
-    "precision.mlp_product_upcast": _CLOSER,
-    "precision.scores_upcast": _CLOSER,
-    "precision.softmax_weights_upcast": _CLOSER,
 }
 """By planting: caught and placed, and yet another cause is told, or none."""

@@ -32,7 +32,20 @@ def portkit_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "llama3", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        "llama3",
+        "qwen3",
+        "qwen3 moe",
+        "llama4 scout",
+        "cohere2 with biases",
+        "gemma3n plain",
+        "smollm3 sliding",
+        "mistral",
+    ],
+)
 def test_engines_say_the_same(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
