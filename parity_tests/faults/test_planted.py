@@ -38,12 +38,8 @@ SAMPLE = (
     ("precision.residual_upcast", "qwen3", "bfloat16", None),
     ("loader.experts_order", "qwen3_moe", "bfloat16", "function"),
     ("experts.weights_on_output", "llama4", "bfloat16", "glue"),
-    ("attention.chunk_plus_one", "llama4", "float32", "glue"),
-    ("rope.shifted_by_a_layer", "smollm3", "bfloat16", "function"),
     ("residual.sequential", "cohere2", "bfloat16", "glue"),
-    ("head.logit_scale_inverted", "cohere2", "float32", "function"),
-    ("altup.correct_skipped", "gemma3n", "bfloat16", "missing"),
-    ("attention.shared_from_wrong_layer", "gemma3n", "float32", "glue"),
+    ("head.logit_scale_inverted", "cohere2", "float32", "glue"),
 )
 EVERY_LAYER_BUT_ONE = {"head.last_layer_missing"}
 

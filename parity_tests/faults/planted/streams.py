@@ -22,11 +22,11 @@ from parity_tests.faults.planted.planting import (
     attentions,
     layers,
     named_as,
+    respell,
 )
 from portkit.nn.cache import SharedKeys
 from portkit.nn.mlp import gelu_tanh
 from portkit.nn.rope import rotate_by_token
-from portkit.nn.streams import magnitude_of, scaled_to
 
 Plant = Callable[[Model], str]
 
@@ -145,40 +145,36 @@ def output_scale_missing(model: Model) -> str:
 
 
 def streams_not_sized(model: Model) -> str:
-    decoder = model.model
-    decoder.spread = lambda x: torch.stack((x, *(one(x) for one in decoder.altup_projections)))
+    respell(model.model, spread=lambda x, ways: torch.stack((x, *(way(x) for way in ways))))
     return "model.layers.0:in"
 
 
 def streams_copied(model: Model) -> str:
-    decoder = model.model
-
-    def spread(embedded: Tensor) -> Tensor:
-        for projection in decoder.altup_projections:
+    def spread(embedded: Tensor, projections: Any) -> Tensor:
+        for projection in projections:
             projection(embedded)
-        return torch.stack([embedded] * (1 + len(decoder.altup_projections)))
+        return torch.stack([embedded] * (1 + len(projections)))
 
-    decoder.spread = spread
+    respell(model.model, spread=spread)
     return "model.layers.0:in"
 
 
 def _gathered(gather: Callable[[Tensor, list[Tensor]], Tensor]) -> Plant:
     def plant(model: Model) -> str:
-        decoder = model.model
-
-        def gathered(streams: Tensor) -> Tensor:
-            back = zip(decoder.altup_unembed_projections, streams[1:], strict=True)
+        def gathered(streams: Tensor, projections: Any) -> Tensor:
+            back = zip(projections, streams[1:], strict=True)
             return gather(streams[0], [projection(stream) for projection, stream in back])
 
-        decoder.gather = gathered
+        respell(model.model, gathered=gathered)
         return "model.norm:in"
 
     return plant
 
 
 def _summed(first: Tensor, others: list[Tensor]) -> Tensor:
-    size = magnitude_of(first)
-    return torch.stack((first, *(scaled_to(one, size) for one in others))).sum(0)
+    size = first.pow(2).mean(-1, keepdim=True).sqrt()
+    sized = (one * size / one.pow(2).mean(-1, keepdim=True).sqrt() for one in others)
+    return torch.stack((first, *sized)).sum(0)
 
 
 def _unsized(first: Tensor, others: list[Tensor]) -> Tensor:
@@ -186,7 +182,7 @@ def _unsized(first: Tensor, others: list[Tensor]) -> Tensor:
 
 
 def first_stream_alone(model: Model) -> str:
-    model.model.gather = lambda streams: streams[0]
+    respell(model.model, gathered=lambda streams, _: streams[0])
     return "model.altup_unembed_projections.0:in"
 
 
