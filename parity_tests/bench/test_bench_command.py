@@ -69,6 +69,7 @@ def test_decode_measures_each_engine_and_says_whether_it_is_right(
 
 
 @pytest.mark.usefixtures("no_compiler")
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize("name", ["qwen3 moe", "gemma3n plain"])
 def test_decode_measures_other_wirings(
