@@ -100,16 +100,6 @@ def _unbounded(altup: Any) -> None:
     )
 
 
-def _clipped(altup: Any) -> None:
-    coefs, most = altup.prediction_coefs, float(altup.prediction_coefs.weight.abs().median())
-    coefs.forward = lambda x: F.linear(x, coefs.weight.clamp(-most, most))
-
-
-def coefs_clipped(model: Model) -> str:
-    """At what the config has for training."""
-    return _altup(_clipped, ".prediction_coefs")(model)
-
-
 def _transposed(altup: Any) -> None:
     def predict(streams: Tensor) -> Tensor:
         coefs = altup.prediction_coefs(altup.modalities(streams[altup.active]))
