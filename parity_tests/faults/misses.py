@@ -8,6 +8,8 @@ NOT_NAMED: dict[str, str] = {
     "no edit; it has one of the query behind it",
     "attention.window_pattern_shifted": "of the one layer where it shows first, the two are the "
     "same mistake",
+    "rope.shifted_by_a_layer": "of the one layer where it shows first it is the same mistake as a "
+    "layer that does not rotate, or rotates",
     "norm.pre_for_post (pre)": "its first site is a norm's input, and the sum that is given to it "
     "here is none of the catalogue's",
     "norm.pre_for_post (post)": "its first site lacks the residual as well: of that site alone "
