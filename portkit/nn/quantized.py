@@ -59,7 +59,7 @@ class Int4Linear(nn.Module):
         dense = linear.weight.detach()
         size = group_size(dense)
         assert size is not None, "a matrix that fits the kernel"
-        groups = dense.float().unflatten(1, (-1, size))  # (out, groups, size)
+        groups = dense.float().view(len(dense), -1, size)  # (out, groups, size)
         low, high = groups.amin(2), groups.amax(2)
         scale = ((high - low) / 15).to(dense.dtype)
         scale = scale.masked_fill(scale == 0, 1.0)
@@ -76,7 +76,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             flat, self.weight, self.group_size, self.scales_and_offsets
         )
         product = product.view(*x.shape[:-1], len(self.weight))
