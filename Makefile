@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/portkit demo
@@ -29,6 +29,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pytest --benchmark-only -m "" parity_tests/benchmarks
+
+# With PYTHON's own torch, which knows the GPU; portkit installed there, or a wheel on PYTHONPATH.
+bench-gpu:
+	$(PYTHON) tools/bench_gpu.py bench-gpu
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache

@@ -155,7 +155,9 @@ class Decoder(nn.Module):
         self.layer_types = config.layer_types
         self.windows = {FULL: None, SLIDING: config.sliding_window}
         self.rotary_emb = InterleavedRotaryEmbedding(config.head_dim, config.rope_parameters)
-        self.layers = nn.ModuleList(Layer(config, kernel, kind) for kind in config.layer_types)
+        self.layers = nn.ModuleList(
+            Layer(config, kernel, config.layer_types[i]) for i in range(config.num_hidden_layers)
+        )
         self.norm = CentredLayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(

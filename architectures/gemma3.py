@@ -196,7 +196,7 @@ class Decoder(nn.Module):
                 for kind in sorted(set(config.layer_types))
             }
         )
-        self.layers = nn.ModuleList(Layer(config, kernel) for _ in config.layer_types)
+        self.layers = nn.ModuleList(Layer(config, kernel) for _ in range(config.num_hidden_layers))
         self.norm = UnitOffsetRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(

@@ -168,7 +168,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
         self.qk_norm = L2Norm(config.rms_norm_eps) if config.use_qk_norm and rotates else None
         self.is_tempered = config.attn_temperature_tuning and not rotates
-        self.attn_scale, self.floor_scale = config.attn_scale, config.floor_scale
+        if self.is_tempered:
+            self.attn_scale, self.floor_scale = config.attn_scale, config.floor_scale
         self.attend = KERNELS[kernel](config.head_dim**-0.5)
 
     def forward(

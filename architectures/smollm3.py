@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_parameters)
         self.layers = nn.ModuleList(
-            Layer(config, kernel, rotates) for rotates in config.no_rope_layers
+            Layer(config, kernel, config.no_rope_layers[i]) for i in range(config.num_hidden_layers)
         )
         self.windows = config.windows
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -96,6 +96,8 @@ class ConfigReader:
         self.ignored = frozenset(ignore) & raw.keys()
         self._ignore = frozenset(ignore)
         self._read: set[str] = set()
+        self.choices: dict[str, tuple[str, ...]] = {}
+        """The words that a key may hold, of each key that holds words; sections add theirs."""
 
     # -- values ------------------------------------------------------------------------------
 
@@ -156,6 +158,7 @@ class ConfigReader:
 
     def words(self, key: str, length: int, allowed: Sequence[str]) -> tuple[str, ...] | None:
         """A list of `length` words out of `allowed`, or None where the key is absent or null."""
+        self.choices[key] = tuple(allowed)
         value = self._value(key)
         if value is None:
             return None
@@ -233,7 +236,9 @@ class ConfigReader:
         value = self._value(key)
         if not isinstance(value, Mapping):
             raise self._wrong(key, value, "an object")
-        return ConfigReader(value, f"{self.where}, {key}", self._ignore)
+        reader = ConfigReader(value, f"{self.where}, {key}", self._ignore)
+        reader.choices = self.choices
+        return reader
 
     def finish(self) -> None:
         """Refuse what is left: a key that nobody read."""

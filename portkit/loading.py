@@ -49,6 +49,10 @@ class Blueprint:
     """Keys of `config.json` that the user chose to go on without."""
     skeleton: CausalLM
     """The model on the meta device."""
+    attention: str
+    """The kernel that it is built with."""
+    choices: Mapping[str, tuple[str, ...]]
+    """The words that fields of the config may hold."""
 
     @property
     def num_parameters(self) -> int:
@@ -139,9 +143,16 @@ def draw(
     reader = ConfigReader(raw, ignore=ignore_config)
     config = architecture.read_config(reader)
     reader.finish()
+    skeleton = skeleton_of(architecture, config, attention)
+    return Blueprint(
+        checkpoint, architecture, config, reader.ignored, skeleton, attention, reader.choices
+    )
+
+
+def skeleton_of(architecture: Architecture, config: Any, attention: str) -> CausalLM:
+    """The model of a family's config on the meta device, in evaluation mode."""
     with torch.device("meta"), _Uninitialised():
-        skeleton = architecture.build(config, attention).eval()
-    return Blueprint(checkpoint, architecture, config, reader.ignored, skeleton)
+        return architecture.build(config, attention).eval()
 
 
 def load(
@@ -178,13 +189,9 @@ def materialize(
     modules = dict(model.named_modules())
     for claim in plan.claims:
         tensor = claim.assemble(checkpoint.read, compute_dtype, target)
-        _place(modules, claim.parameter, nn.Parameter(tensor))
+        place(modules, claim.parameter, nn.Parameter(tensor))
         advance()
-    for name, buffer in model.named_buffers():  # constants of the config: held as the weights are
-        module, _, attribute = name.rpartition(".")
-        modules[module].register_buffer(
-            attribute, buffer.to(target, compute_dtype), persistent=False
-        )
+    place_constants(model, target, compute_dtype)
     notes = tuple(note for tied in plan.tied if (note := _tie(modules, tied, checkpoint)))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     read = [checkpoint.tensors[name] for claim in plan.claims for name in claim.sources]
@@ -200,6 +207,14 @@ def materialize(
         seconds=time.perf_counter() - started,
     )
     return LoadedModel(model, blueprint, plan, report)
+
+
+def place_constants(model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
+    """Have the buffers, constants of the config, held as the weights are."""
+    modules = dict(model.named_modules())
+    for name, buffer in model.named_buffers():
+        module, _, attribute = name.rpartition(".")
+        modules[module].register_buffer(attribute, buffer.to(device, dtype), persistent=False)
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -263,16 +278,16 @@ def _tie(modules: Mapping[str, nn.Module], tied: Tied, checkpoint: Checkpoint) -
     if tied.also_on_disk is not None:
         own = checkpoint.read(tied.also_on_disk).to(shared.device, shared.dtype)
         if not torch.equal(own, shared):
-            _place(modules, tied.parameter, nn.Parameter(own))
+            place(modules, tied.parameter, nn.Parameter(own))
             return (
                 f"{tied.also_on_disk} is stored and differs from {tied.to}: not tied, "
                 "although the config says so"
             )
-    _place(modules, tied.parameter, shared)
+    place(modules, tied.parameter, shared)
     return None
 
 
-def _place(modules: Mapping[str, nn.Module], name: str, parameter: nn.Parameter) -> None:
+def place(modules: Mapping[str, nn.Module], name: str, parameter: nn.Parameter) -> None:
     """Put a parameter in its module; `modules` are the model's by name, itself as ""."""
     module, _, attribute = name.rpartition(".")
     setattr(modules[module], attribute, parameter)

@@ -15,8 +15,8 @@ from portkit.loading import load
 DEMO = Path(portkit.__file__).parent / "demo_checkpoint"
 KEYS = {
     "engine", "dtype", "batch", "context", "tokens_per_s", "ms_per_token", "prefill_ms",
-    "compile_s", "peak_rss_bytes", "bytes_per_token", "bandwidth_fraction", "same_tokens",
-    "first_difference", "verdict",
+    "compile_s", "peak_rss_bytes", "peak_device_bytes", "bytes_per_token",
+    "bandwidth_fraction", "same_tokens", "first_difference", "verdict",
 }  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def test_decode_measures_each_engine_and_says_whether_it_is_right(
     found = json.loads(said.out)
     assert found["command"] == "bench decode"
     assert found["bandwidth_bytes_per_s"] > 1e8
+    assert "cores" in found["hardware"]
     rows = {(row["engine"], row["batch"]): row for row in found["results"]}
     assert {engine for engine, _ in rows} == {
         "readable", "fast, not compiled", "transformers", "transformers, static cache",

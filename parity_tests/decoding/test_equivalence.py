@@ -1,52 +1,84 @@
 """The decode-equivalence matrix: every way of computing a token's logits, held against the others.
 
-Cells that take the same operations in the same order are equal in every bit. The others cannot be,
-for one of three reasons, and are held to the floor instead, the readable path's own distance from
-float64:
-
-- a *ring* that has wrapped holds its keys in another order than the tokens', and sums in it;
-- *packed heads*: the readable path mirrors the reference, which lets torch's kernel group heads
-  where nothing is masked; the fast path packs a group into one call, many times faster;
-- *a single row* in bfloat16 is projected by a kernel for vectors, which sums in another order.
-
-The readable path's own cells (prefill, chunks, token by token, padded rows) are held against the
-reference in `families/test_logits.py`.
+What `portkit parity --decode` shows must be so for every tiny checkpoint: which ways are equal to
+the reference in every bit is said here once more, by the checkpoint's name, and which models the
+fast path refuses. And the matrix must see what is wrong.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parity_tests.checkpoints import TINY, VOCABULARY
 from parity_tests.conftest import CheckpointMaker
 from portkit.architecture import CausalLM
+from portkit.decoding.caches import StaticCache
 from portkit.decoding.device_session import DeviceSession
 from portkit.decoding.fast import FastModel
+from portkit.decoding.packages import Packages
 from portkit.decoding.session import Session
+from portkit.errors import ProbeError
 from portkit.generation.loop import ReadableBatch
-from portkit.loading import load
+from portkit.loading import COMPUTE_DTYPES, draw, load, materialize, open_checkpoint
+from portkit.nn.cache import Cache
+from portkit.parity.decode import COMPILED, FAST, RING, Matrix, decode_matrix
+from portkit.parity.fast_ways import MakePackages
+from portkit.parity.feeding import (
+    CHUNKS,
+    DECODED,
+    ONE_BY_ONE,
+    PADDED,
+    STEPWISE,
+    WHOLE,
+    text_for,
+)
+from portkit.parity.judge import Verdict
+from portkit.parity.reference import load_reference
+from portkit.parity.sites import SiteTable
 
 WINDOW = 24
 NUM_DECODED = 30
-SLOWER = {"llama3", "llama linear", "qwen3", "gemma3 shallow"}
-"""Left out: nothing in them that the others do not have."""
-NAMES = [name for name in TINY if name not in SLOWER and "moe" not in name and "llama4" not in name]
+QUICK = [
+    "llama plain heads",
+    "qwen3 yarn sliding",
+    "gemma3 shallow",
+    "llama4 crowded",
+]
+SLOWER = [name for name in TINY if name not in QUICK]
+NAMES = [
+    name
+    for name in TINY
+    if name not in {"llama3", "llama linear", "qwen3", "gemma3 shallow"}
+    and "moe" not in name
+    and "llama4" not in name
+]
+"""Those that a fast path has something of their own to do for."""
+LENGTHS = {"one row": [15], "equal rows": [9, 9], "padded rows": [15, 4, 11]}
+REFUSED = {
+    **{name: "which experts run is told by a value" for name in TINY if "moe" in name},
+    **{name: "where its chunk begins" for name in TINY if "llama4" in name},
+    "gemma3n": "cannot follow this family's code",
+}
 WRAPPING = {
     "qwen3 yarn sliding",
     "gemma3",
+    "gemma3 shallow",
     "gemma3 scaled",
     "cohere2",
     "cohere2 with biases",
-    "gemma3n",
     "gemma3n plain",
     "smollm3 sliding",
 }
-SAME_HEADS = {"llama plain heads", "llama wide heads"}
+SAME_HEADS = {"llama plain heads", "llama wide heads", "gemma3n plain"}
 """Heads that torch's kernel does not group: as many keys as queries, or too wide."""
 
 
@@ -93,43 +125,143 @@ def distance(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).pow(2).mean().sqrt())
 
 
-LENGTHS = {"one row": [15], "equal rows": [9, 9], "padded rows": [15, 4, 11]}
+def matrix_of(
+    folder: Path, dtype: str, packages: MakePackages | None = None, prompt: list[int] | None = None
+) -> Matrix:
+    """As `portkit parity --decode` has it."""
+    blueprint = draw(open_checkpoint(folder))
+    model = materialize(blueprint, dtype, "cpu").model
+    reference = load_reference(folder, COMPUTE_DTYPES[dtype])
+    table = SiteTable(blueprint.architecture.sites)
+    return decode_matrix(model, reference, table, text_for(model, 0, prompt), packages)
+
+
+READABLE = [WHOLE, CHUNKS, ONE_BY_ONE, *STEPWISE]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", LENGTHS)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_fast_path_is_the_readable_one(
-    name: str, rows: str, dtype: str, tiny_checkpoint: CheckpointMaker
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in SLOWER)]
+)
+def test_every_way_is_exact_or_within_the_floor(
+    name: str, dtype: str, tiny_checkpoint: CheckpointMaker
 ) -> None:
-    given = prompts(LENGTHS[rows])
-    model = load(tiny_checkpoint(name), dtype=dtype).model
-    room = NUM_DECODED + 1
-    readable = logits_of(ReadableBatch(model, given, room), len(given))
-    fast = logits_of(FastModel(model).start(given, room), len(given))
-    truth = true_logits(model, given)
-    masked = rows == "padded rows"
-    same_projections = rows != "one row" or dtype == "float32"
-    if same_projections and (masked or name in SAME_HEADS):
-        wraps_at = WINDOW - max(LENGTHS[rows]) if name in WRAPPING else None
-        assert torch.equal(fast[:, :wraps_at], readable[:, :wraps_at])
-    assert torch.equal(fast[:, 0], readable[:, 0]), "the prefill is the readable path's own"
-    assert distance(fast, truth) <= 1.25 * distance(readable, truth)
-    if dtype == "float32":
-        assert torch.equal(fast.argmax(-1), readable.argmax(-1))
+    found = matrix_of(tiny_checkpoint(name), dtype)
+    cells = {one.way: one for one in found.cells}
+    for way in READABLE:
+        assert cells[way].verdict is Verdict.exact, cells[way]
+        assert cells[way].is_equal
+        assert cells[way].reasons == ()
+        assert (cells[way].num_tokens, cells[way].num_same_tokens) == (41, 41)
+    assert found.holds("exact")
+    assert (cells[COMPILED].verdict if COMPILED in cells else None) is None
+    if name in REFUSED:
+        assert [one.way for one in found.cells[len(READABLE) :]] == ["fast path"]
+        assert REFUSED[name] in str(cells["fast path"].not_run)
+        assert found.verdict is Verdict.exact
+        return
+    wraps = name in WRAPPING
+    assert found.text.windows == ((24,) if wraps else ())
+    assert (cells[RING].num_tokens if wraps else cells[RING].verdict) == (32 if wraps else None)
+    for way, fast in FAST.items():
+        cell = cells[fast]
+        assert cell.function_error is not None
+        assert cell.function_error < 1e-13
+        single = way == DECODED and dtype == "bfloat16"
+        may_differ = wraps or single or (way != PADDED and name not in SAME_HEADS)
+        assert cell.verdict is Verdict.exact or may_differ
+        assert bool(cell.reasons) == (cell.verdict is Verdict.rounding)
+        assert cell.parting is None or cell.parting.is_rounding
+        if dtype == "float32":
+            assert cell.num_same_tokens == 41
 
 
 @pytest.mark.parametrize("name", ["qwen3 moe", "llama4 crowded"])
-def test_a_model_that_chooses_experts_stays_on_the_readable_path(
+def test_a_refused_model_stays_on_the_readable_path(
     name: str, tiny_checkpoint: CheckpointMaker
 ) -> None:
-    """Which expert runs is told by a value, and a graph cannot follow; nor a ring, a chunk."""
     model = load(tiny_checkpoint(name)).model
     given, said = prompts([15, 4]), list[str]()
     fast = logits_of(FastModel(model, say=said.append).start(given, NUM_DECODED + 1), 2)
     assert torch.equal(fast, logits_of(ReadableBatch(model, given, NUM_DECODED + 1), 2))
     assert len(said) == 1
-    assert "cannot follow" in said[0]
+    assert REFUSED[name] in said[0]
+
+
+class _OneSlotMore(StaticCache):
+    """A ring that keeps a token longer than the window does."""
+
+    def __init__(self, empty: Cache, length: int) -> None:
+        super().__init__(empty, length)
+        self.kinds = tuple(
+            replace(one, num_slots=one.num_slots + 1) if one.ring else one for one in self.kinds
+        )
+
+
+def test_a_ring_of_another_length_is_another_function(
+    tiny_checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("portkit.decoding.session.StaticCache", _OneSlotMore)
+    found = matrix_of(tiny_checkpoint("gemma3 shallow"), "bfloat16")
+    kinds = {one.way: one.kind for one in found.cells}
+    assert not found.holds("rounding")
+    wrong = dict.fromkeys((RING, *FAST.values()), "function")
+    assert kinds == dict.fromkeys((*READABLE, COMPILED)) | wrong
+    assert [one.function_error > 1e-4 for one in found.cells if one.kind] == [True] * 4
+
+
+def test_a_readable_path_that_rounds_otherwise_has_no_excuse(
+    tiny_checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every single query packs its heads: as right, and not what the reference computes."""
+    monkeypatch.setattr("portkit.nn.attention.MAX_GROUPED_HEAD_DIM", 1)
+    found = matrix_of(tiny_checkpoint("llama tied with biases"), "float32")
+    cells = {one.way: one for one in found.cells}
+    assert cells[DECODED].verdict is Verdict.rounding
+    assert cells[DECODED].reasons == ()
+    assert found.holds("rounding")
+    assert not found.holds("exact")
+
+
+def _careless(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+    context = F.scaled_dot_product_attention(query, key, value, **options)
+    if context.dtype is torch.bfloat16:
+        context = context.to(torch.float8_e4m3fn).to(torch.bfloat16)
+    return context
+
+
+def test_less_care_is_seen(
+    tiny_checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context that is rounded once more, and coarsely; the same function in float64."""
+    careless = SimpleNamespace(linear=F.linear, scaled_dot_product_attention=_careless)
+    monkeypatch.setattr("portkit.decoding.operations.F", careless)
+    found = matrix_of(tiny_checkpoint("qwen3 yarn tempered"), "bfloat16")
+    fast = [one for one in found.cells if one.way in FAST.values()]
+    assert [one.kind for one in fast] == ["care"] * 3
+
+
+def test_a_prompt_of_ones_own(tiny_checkpoint: CheckpointMaker) -> None:
+    found = matrix_of(tiny_checkpoint("qwen3 yarn sliding"), "bfloat16", prompt=[5, 6, 7])
+    assert found.text.ids[:3] == (5, 6, 7)
+    assert found.text.leaves_a_window
+    model = load(tiny_checkpoint("gemma3")).model
+    with pytest.raises(ProbeError, match="a prompt of 0 tokens cannot be decoded behind"):
+        text_for(model, prompt=[])
+    with pytest.raises(ProbeError, match="give 1 to 4051 in a context of 4096"):
+        text_for(model, prompt=[1] * 4052)
+
+
+@pytest.mark.slow
+def test_compiled_regions_are_a_way_too(tiny_checkpoint: CheckpointMaker, tmp_path: Path) -> None:
+    def packages(say: Callable[[str], None]) -> Packages:
+        return Packages(tmp_path, say)
+
+    for dtype in ("float32", "bfloat16"):
+        compiled = matrix_of(tiny_checkpoint("gemma3 shallow"), dtype, packages).cells[-1]
+        assert compiled.way == COMPILED
+        assert compiled.verdict is Verdict.rounding
+        assert compiled.reasons[-1] == "the compiler's sums run in another order"
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3"])

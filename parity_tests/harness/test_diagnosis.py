@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.judging import Judging, checkpoints_in
 from parity_tests.faults.planted import PLANTINGS
 from parity_tests.faults.stages import Stage
-from portkit.loading import load
-from portkit.parity import schema, summary
+from portkit.cli import app
+from portkit.loading import load, materialize
+from portkit.parity import schema, sides, summary
 from portkit.parity.comparing import compare
 from portkit.parity.diagnose import Cause
 from portkit.parity.faults.catalogue import NAMED
@@ -87,6 +91,41 @@ def test_rounding_has_a_cause_only_where_a_fault_gives_its_very_bits(judging: Ju
     found = held(judging, loaded, "llama", "bfloat16")  # against the reference's fused kernel
     assert found.verdict == "rounding"
     assert found.causes == {}
+
+
+def test_reports_name_the_cause_of_rounding(
+    judging: Judging, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An upcast too many fails the exact gate, and is told of as what diverged would be."""
+
+    def planted(*arguments: Any, **options: Any) -> Any:
+        loaded = materialize(*arguments, **options)
+        norm = loaded.model.get_submodule("model.layers.1.input_layernorm")
+
+        def forward(x: Tensor) -> Tensor:
+            wide = x.float()
+            normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+            return (norm.weight.float() * normed).to(x.dtype)
+
+        norm.forward = forward
+        return loaded
+
+    monkeypatch.setattr(sides, "materialize", planted)
+    folder = str(judging.folder("llama", "bfloat16"))
+    command = ["parity", folder, "--quick", "--faults", "off", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1, done.output
+    site = "model.layers.1.input_layernorm"
+    says = "your port multiplies the weight in float32 and casts last"
+    assert f"rounding in bfloat16, first at {site}\n  {says}" in done.stdout
+    assert "norm.weight_before_cast explains 100 % of the difference" in done.stdout
+    printed = json.loads((tmp_path / "parity.json").read_text())
+    (told,) = printed["rounded"]
+    assert (told["site"], told["cause"]["fault"]) == (site, "norm.weight_before_cast")
+    assert printed["culprits"] == []
+    assert says in (tmp_path / "junit.xml").read_text()
+    assert says in (tmp_path / "summary.md").read_text()
+    assert CliRunner().invoke(app, [*command, "--gate", "rounding"]).exit_code == 0
 
 
 def test_two_mistakes_at_one_site_are_both_named(judging: Judging) -> None:

@@ -30,13 +30,19 @@ SIGMOID = {"experts.softmax", "experts.weights_on_output", "experts.shared_lost"
 CHUNKED = {
     "attention.chunk_as_window",
     "attention.chunk_plus_one",
+    "attention.chunk_minus_one",
     "rope.applied_everywhere",
     "rope.tables_rounded",
-    "rope.interleaved",
+    "rope.not_interleaved",
 }
-TEMPERED = {"attention.temperature_missing", "attention.temperature_floor"}
+TEMPERED = {
+    "attention.temperature_missing",
+    "attention.temperature_floor",
+    "attention.temperature_scale",
+    "attention.temperature_everywhere",
+}
 SEVERAL = {"experts.one_too_few", "experts.summed_one_by_one"}
-AFTER = {"attention.norm_after_rotation_missing"}
+AFTER = {"attention.norm_after_rotation_missing", "attention.norm_before_rotation"}
 APPLY = {
     # `norm_topk_prob` is set: what is normalised already cannot be once more, and a softmax over
     # the chosen is the same function.
@@ -46,7 +52,7 @@ APPLY = {
     "llama4 maverick": ANY | SIGMOID | CHUNKED | TEMPERED,
     "llama4 crowded": (ANY | SIGMOID | CHUNKED | SEVERAL | AFTER),
 }
-OF_THESE = ANY.union(SOFTMAX, SIGMOID, CHUNKED, TEMPERED, SEVERAL, AFTER) - {"rope.interleaved"}
+OF_THESE = ANY.union(SOFTMAX, SIGMOID, CHUNKED, TEMPERED, SEVERAL, AFTER)
 PLACES = {
     "experts.one_too_many": "#experts",
     "experts.weights_on_input": ".mlp.experts",

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from portkit.architecture import CausalLM
-from portkit.bench.engines import EAGER, EXACT, FAST, READABLE
+from portkit.bench.engines import EAGER, EXACT, FAST, KERNELS, READABLE, runner_of
+from portkit.decoding.device_session import DeviceSession
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages, default_folder
 from portkit.decoding.session import Session
@@ -64,7 +65,9 @@ def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dic
     `exact`; at most 1.25 times as far from the truth `rounding`; else `diverged`.
     """
     generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
     ids = torch.randint(vocab_size, (_JUDGED_PROMPT + _JUDGED_STEPS,), generator=generator)
+    ids = ids.to(device)
     prompts, forced = [ids[:_JUDGED_PROMPT].tolist()], ids[_JUDGED_PROMPT:]
     room = _JUDGED_STEPS + 1
     with torch.inference_mode():
@@ -75,9 +78,10 @@ def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dic
     for engine in engines:
         if engine == READABLE:
             found[engine] = "exact"
-        elif engine in (EAGER, FAST, EXACT):
+        elif engine in (EAGER, KERNELS, FAST, EXACT):
             packages = None if engine == EAGER else Packages(default_folder(), lambda _: None)
-            session = FastModel(model, packages).start(prompts, room)
+            runner = runner_of(engine, device.type, lambda _: None)
+            session = FastModel(model, packages, runner=runner).start(prompts, room)
             logits = _logits(session, forced)
             near = _distance(logits, truth) <= _FLOOR_FACTOR * floor
             equal = torch.equal(logits, readable)
@@ -88,7 +92,7 @@ def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dic
 @torch.inference_mode()
 def _logits(engine: Engine, forced: Tensor) -> Tensor:
     first = engine.prefill()
-    if isinstance(engine, Session):
+    if isinstance(engine, (Session, DeviceSession)):
         engine.prepare(wait=True)
     return torch.cat([first, *(engine.decode(token[None]) for token in forced)])
 
@@ -127,7 +131,7 @@ def _first_difference(
                 gap = _steps_apart(logits[row], ours[row][place], theirs[row][place])
                 steps = max(steps, gap)
         if place < max(where for where, _ in parted):
-            logits = engine.decode(torch.tensor([row[place] for row in ours]))
+            logits = engine.decode(torch.tensor([row[place] for row in ours], device=logits.device))
     return {"token": min(parted)[0], "row": min(parted)[1], "steps": steps}
 
 

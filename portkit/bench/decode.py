@@ -40,6 +40,7 @@ class Plan:
     threads: int
     vocab_size: int
     gguf: str | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Row:
     prefill_s: float
     step_s: float
     peak_rss_bytes: int
+    peak_device_bytes: int | None
     compile_s: float
     bytes_per_token: int | None
     agreement: Agreement
@@ -75,6 +77,7 @@ class Row:
             "prefill_ms": 1000 * self.prefill_s,
             "compile_s": self.compile_s,
             "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
             "bytes_per_token": read,
             "bandwidth_fraction": None if read is None else read / self.step_s / bandwidth,
             "same_tokens": self.agreement.same,
@@ -92,6 +95,7 @@ class Worker:
             "repo": plan.repo,
             "dtype": plan.dtype,
             "threads": plan.threads,
+            "device": plan.device,
             "gguf": plan.gguf,
             "context": max(plan.contexts) + plan.num_tokens,
         }
@@ -160,7 +164,7 @@ def measure(plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Row]
         for worker in workers.values():
             worker.close()
     # Only now, when nothing is measured any more.
-    model = load(plan.repo, dtype=plan.dtype, device="cpu").model
+    model = load(plan.repo, dtype=plan.dtype, device=plan.device).model
     verdicts = judge_paths(model, plan.engines, plan.vocab_size)
     return [row for cell in cells for row in cell.rows(model, verdicts)]
 
@@ -209,6 +213,7 @@ class _Cell:
                 prefill_s=median(one["prefill_s"] for one in found),
                 step_s=median(median(one["step_s"]) for one in found),
                 peak_rss_bytes=found[-1]["peak_rss_bytes"],
+                peak_device_bytes=found[-1]["peak_device_bytes"],
                 compile_s=found[-1]["compile_s"],
                 bytes_per_token=found[-1].get("bytes_per_token"),
                 agreement=agreements[engine],

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 from portkit.bench.roofline import bytes_per_token
 from portkit.errors import BenchError
 from portkit.loading import COMPUTE_DTYPES, load
+
+if TYPE_CHECKING:
+    from portkit.decoding.runners import Runner
 
 Prompts = Sequence[Sequence[int]]
 
@@ -41,20 +44,25 @@ class Timed(Protocol):
 
 
 class Ours:
-    """The readable model, or its fast path: as torch runs it, compiled, and with the exact head."""
+    """The readable model, or its fast path: as torch runs it, by kernels, compiled, and with the
+    exact head.
+    """
 
-    def __init__(self, repo: str, dtype: str, name: str) -> None:
+    def __init__(self, repo: str, dtype: str, name: str, device: str) -> None:
         from portkit.decoding.fast import FastModel
         from portkit.decoding.packages import Packages, default_folder
 
-        self._model = load(repo, dtype=dtype, device="cpu").model
+        self._model = load(repo, dtype=dtype, device=device).model
         self._name = name
-        self._packages = Packages(default_folder(), _fail) if name in _COMPILED else None
-        self._fast = FastModel(self._model, self._packages)
+        self._on_gpu = device == "cuda"
+        has_packages = name in _COMPILED and not self._on_gpu
+        self._packages = Packages(default_folder(), _fail) if has_packages else None
+        self._fast = FastModel(self._model, self._packages, runner=runner_of(name, device, _fail))
+        self._prepare_s = 0.0
 
     @property
     def compile_s(self) -> float:
-        return self._packages.compile_s if self._packages else 0.0
+        return self._packages.compile_s if self._packages else self._prepare_s
 
     def bytes_per_token(self, context: int, batch: int) -> int:
         exact = self._name == EXACT and batch == 1
@@ -68,9 +76,14 @@ class Ours:
             return _timed(readable.prefill, readable.greedy, num_tokens)
         largest = 1 if self._name == EXACT else None
         session = self._fast.start(prompts, num_tokens, largest)
-        return _timed(
-            session.prefill, session.greedy, num_tokens, lambda: session.prepare(wait=True)
-        )
+
+        def prepare() -> None:
+            started = time.perf_counter()
+            session.prepare(wait=True)
+            if self._on_gpu:  # the first time kernels are compiled, later steps are recorded only
+                self._prepare_s = max(self._prepare_s, time.perf_counter() - started)
+
+        return _timed(session.prefill, session.greedy, num_tokens, prepare)
 
 
 class Reference:
@@ -78,17 +91,18 @@ class Reference:
 
     compile_s = 0.0
 
-    def __init__(self, repo: str, dtype: str, name: str) -> None:
+    def __init__(self, repo: str, dtype: str, name: str, device: str) -> None:
         from portkit.parity.reference import load_reference
 
-        model: Any = load_reference(Path(repo), COMPUTE_DTYPES[dtype]).model
+        model: Any = load_reference(Path(repo), COMPUTE_DTYPES[dtype], device=device).model
+        self._device = device
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
         self._generate = model.generate
         self._options = {"cache_implementation": "static"} if name == STATIC else {}
 
     def run(self, prompts: Prompts, num_tokens: int) -> Run:
-        ids, mask = _padded(prompts)
+        ids, mask = (one.to(self._device) for one in _padded(prompts))
         clock = _Clock()
         out = self._generate(
             ids,
@@ -165,9 +179,22 @@ class GgufEngine:
 READABLE, EAGER, FAST, EXACT = "readable", "fast, not compiled", "fast", "fast, exact head"
 TRANSFORMERS, STATIC = "transformers", "transformers, static cache"
 LLAMA_CPP = "llama.cpp"
+KERNELS = "fast, Triton kernels"
 _COMPILED = (FAST, EXACT)
 
 
+def runner_of(engine: str, device: str, say: Callable[[str], None]) -> Runner | None:
+    """How the engine runs its regions on a GPU; None on the CPU, which has packages for it."""
+    if device != "cuda":
+        return None
+    from portkit.decoding import runners
+
+    if engine == KERNELS:
+        return runners.by_kernels()
+    return runners.compiling(say) if engine == FAST else runners.AS_TORCH_RUNS_IT
+
+
+@torch.inference_mode()
 def _timed(
     prefill: Callable[[], Tensor],
     greedy: Callable[[Tensor], Tensor],

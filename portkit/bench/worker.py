@@ -19,6 +19,8 @@ def main(options: dict[str, Any]) -> None:
     started = time.perf_counter()
     import torch
 
+    from portkit.bench.devices import peak_bytes
+
     torch.set_num_threads(options["threads"])
     engine = _engine(options)
     answers = sys.stdout
@@ -32,6 +34,7 @@ def main(options: dict[str, Any]) -> None:
             "step_s": run.step_s,
             "token_ids": run.token_ids,
             "compile_s": engine.compile_s,
+            "peak_device_bytes": peak_bytes(torch.device(options["device"])),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         if hasattr(engine, "bytes_per_token"):
@@ -47,7 +50,7 @@ def _engine(options: dict[str, Any]) -> Any:
     if name == engines.LLAMA_CPP:
         return engines.GgufEngine(options["gguf"], options["threads"], options["context"])
     kind = engines.Reference if name in (engines.TRANSFORMERS, engines.STATIC) else engines.Ours
-    return kind(options["repo"], options["dtype"], name)
+    return kind(options["repo"], options["dtype"], name, options["device"])
 
 
 def _answer(answers: Any, fields: dict[str, Any]) -> None:

@@ -55,6 +55,9 @@ Gguf = Annotated[
         "--gguf", metavar="FILE", help="For --against llama.cpp; made of the weights if left out."
     ),
 ]
+DeviceOption = Annotated[
+    options.Device, typer.Option("--device", help="Where to decode: cpu or cuda.")
+]
 Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw the speeds as an image.")
 ]
@@ -70,20 +73,28 @@ def decode(
     rounds: Rounds = 5,
     threads: Threads = None,
     dtype: options.DTypeOption = options.DType.auto,
+    device: DeviceOption = options.Device.cpu,
     gguf: Gguf = None,
     plot: Plot = None,
     json: options.Json = False,
 ) -> None:
     """Time a token behind contexts of several lengths, in batches of several sizes."""
     _check_plot(plot)
-    found = _plan(repo, dtype, threads, against or [], gguf)
+    found = _plan(repo, dtype, threads, against or [], gguf) | {"device": _device(device)}
+    if found["device"] == "cuda":
+        found["engines"] = _on_a_gpu(found["engines"])
     plan = _with_sizes(found, contexts, batches, tokens, rounds)
     bandwidth, rows = _measure(plan)
     if json:
         results = [row.fields(bandwidth) for row in rows]
-        print_json("bench decode", bandwidth_bytes_per_s=bandwidth, results=results)
+        print_json(
+            "bench decode",
+            hardware=_hardware(plan),
+            bandwidth_bytes_per_s=bandwidth,
+            results=results,
+        )
     else:
-        print(f"bandwidth: {human_bytes(bandwidth)}/s, the best read of 512 MB")
+        print(f"{_hardware(plan)}, reads at best {human_bytes(bandwidth)}/s")
         print(table([_HEADINGS, *(_words(row, bandwidth) for row in rows)]))
     if plot:
         from portkit.bench.plotting import plot_speeds
@@ -142,6 +153,36 @@ def load(
     print(table([("engine", "s to the first token", "of it s to be loaded"), *words]))
 
 
+def _device(device: options.Device) -> str:
+    from portkit.loading import resolve_device
+
+    found = resolve_device(device).type
+    if found == "mps":
+        raise BenchError("--device mps is not measured: give --device cpu or cuda")
+    return found
+
+
+def _on_a_gpu(engines_: Sequence[str]) -> tuple[str, ...]:
+    """The engines that there are on a GPU, of those there are on the CPU."""
+    from portkit.bench import engines
+
+    if engines.LLAMA_CPP in engines_:
+        raise BenchError("--against llama.cpp is measured on the CPU: leave --device out")
+    ours = [engines.READABLE, engines.EAGER]
+    if find_spec("triton"):
+        ours += [engines.KERNELS, engines.FAST]
+    theirs = [one for one in engines_ if one in (engines.TRANSFORMERS, engines.STATIC)]
+    return (*ours, *theirs)
+
+
+def _hardware(plan: Plan) -> str:
+    import torch
+
+    from portkit.bench.devices import hardware
+
+    return hardware(torch.device(plan.device))
+
+
 _HEADINGS = (
     "engine", "context", "batch", "tokens/s", "ms/token", "of the bandwidth", "ms to the first",
     "memory", "compiled in", "same tokens", "verdict",
@@ -162,7 +203,7 @@ def _words(row: Row, bandwidth: float) -> tuple[str, ...]:
         f"{1000 * row.step_s:.2f}",
         "" if fraction is None else f"{fraction:.0%}",
         f"{1000 * row.prefill_s:.1f}",
-        human_bytes(row.peak_rss_bytes),
+        human_bytes(row.peak_device_bytes or row.peak_rss_bytes),
         f"{row.compile_s:.0f} s" if row.compile_s else "",
         same,
         row.agreement.verdict or "",
@@ -231,10 +272,10 @@ def _measure(plan: Plan) -> tuple[float, list[Row]]:
     import torch
 
     from portkit.bench.decode import measure, num_runs, with_gguf
-    from portkit.bench.roofline import bandwidth
+    from portkit.bench.devices import bandwidth
 
     torch.set_num_threads(plan.threads)
-    ceiling = bandwidth()
+    ceiling = bandwidth(torch.device(plan.device))
     with with_gguf(plan) as whole, progress_bar("measuring", num_runs(plan)) as advance:
         return ceiling, measure(whole, advance)
 

@@ -84,11 +84,9 @@ def _print(found: Teeth) -> None:
     print(f"\n{table([HEADINGS, *rows])}")
     for one in found.survived:
         print(f"survived: {one.fault.id} ({one.survived})")
-    seen = sum(one.seen is True for one in found.config)
-    print(f"\nof {plural(len(found.config), 'field')} of the config the probe sees {seen}")
+    print("\nfields of the config, and where another value of each is seen:")
     for field in found.config:
-        if field.seen is not True:
-            print(f"  {field.field}: {'not seen, ' if field.seen is False else ''}{field.by}")
+        print(f"  {field.field}: {'not seen: ' if field.seen is False else ''}{field.by}")
     others = [one.fault.id for one in found.fates if not one.applies]
     print(f"\n{plural(len(others), 'fault')} not applicable to this model and dtype:")
     print("  " + ", ".join(others))

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from portkit.cli import options
+from portkit.cli import options, parity_decode
 from portkit.cli.output import coloured, plural, print_json
 from portkit.envelope import envelope
 from portkit.errors import ProbeError, SiteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from portkit.loading import Blueprint
     from portkit.parity.probe import Probe
@@ -77,6 +77,15 @@ Backward = Annotated[
         "--backward",
         help="Hold the gradient of every parameter against the reference's as well, and the "
         "parameters after a step of AdamW.",
+    ),
+]
+Decode = Annotated[
+    bool,
+    typer.Option(
+        "--decode",
+        help="Hold every way of decoding against the reference in place of every site: prefill, "
+        "chunks, token by token, padded and batch rows, the fast path, compiled. The gate exact "
+        "then asks for equal bits where a way can have them.",
     ),
 ]
 Threads = Annotated[
@@ -153,6 +162,7 @@ def command(
     thorough: Thorough = False,
     layers: Layers = None,
     backward: Backward = False,
+    decode: Decode = False,
     threads: Threads = 1,
     seed: Seed = 0,
     ignore_config: options.IgnoreConfig = None,
@@ -163,6 +173,8 @@ def command(
     """Hold every activation of the port against the reference in Transformers."""
     choose = probe_choice(prompt, tokens, quick, thorough, seed)
     kept = None if layers is None else layer_range(layers)
+    if decode:
+        _refuse(context, parity_decode.REFUSED, "--decode: it compares ways of decoding")
     if golden is not None:
         _refuse_beside_golden(context, "reference")
     elif reference is not None and Path(reference).suffix == ".safetensors":
@@ -205,9 +217,16 @@ def command(
         reference=reference,
         sites=None if sites is None else _read_pairs(sites, port, reference),
     )
+    answered = {"gate": passing, "device": where.type, "threads": threads}
+    if decode:
+        has_prompt = prompt is not None or tokens is not None
+        matrices = parity_decode.prove(question, seed, has_prompt=has_prompt, tell=tell)
+        tell("")
+        asked = {"repo": repo, "attention": attention, "printed": answered}
+        parity_decode.show(matrices, asked, coloured_verdict(matrices.verdict), json=json)
+        return
     result = prove(question, tell) if trace is None else prove_by(trace, question, tell)
     tell("")
-    answered = {"gate": passing, "device": where.type, "threads": threads}
     fields = {**answered, **schema.as_fields(result)}
     if out is not None:
         printed = envelope("parity", **fields)
@@ -237,12 +256,14 @@ def _is_given(context: typer.Context, option: str) -> bool:
 def _refuse_beside_golden(context: typer.Context, *further: str) -> None:
     """A recording has its probe and is the reference: what would choose another is a mistake."""
     taken = "prompt tokens quick thorough seed port reference_attention sites faults"
-    for name in (*taken.split(), *further):
+    because = "--golden: the recording is the reference, with a probe of its own"
+    _refuse(context, (*taken.split(), *further), because)
+
+
+def _refuse(context: typer.Context, names: Iterable[str], because: str) -> None:
+    for name in names:
         if _is_given(context, name):
-            raise typer.BadParameter(
-                f"--golden: the recording is the reference, with a probe of its own: leave "
-                f"--{name.replace('_', '-')} out"
-            )
+            raise typer.BadParameter(f"{because}: leave --{name.replace('_', '-')} out")
 
 
 def _recorded_attention(trace: TraceFile) -> options.Attention:

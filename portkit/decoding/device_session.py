@@ -8,14 +8,14 @@ visible of the caches in sizes that double; which slots hold something a mask sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from portkit.decoding.caches import StaticCache
-from portkit.decoding.lowering import INPUT_IDS, Value
+from portkit.decoding.lowering import INPUT_IDS, Value, Weight
 from portkit.decoding.memory import check_memory
 from portkit.decoding.prompted import Prompted
 from portkit.decoding.replay import Outbox, Replay
@@ -75,12 +75,17 @@ class DeviceSession:
         self._step: _Step | None = None
         self._stays_readable = False
 
-    @torch.inference_mode()
+    @property
+    def is_fast(self) -> bool:
+        """Whether it decodes by the fast path: ready to, and not left to the readable model."""
+        return self._step is not None
+
+    @torch.no_grad()
     def prefill(self, chunk: int | None = None) -> Tensor:
         """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
         return self._prompted.prefill(chunk)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prepare(self, *, wait: bool = False) -> None:
         """Get ready to decode, as the first step does; with `wait` also record the greedy step."""
         if self._step is None and not self._stays_readable:
@@ -96,7 +101,7 @@ class DeviceSession:
         if wait and self._step is not None:
             self._step.record(self._greedy)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Logits (batch, vocab) after one more token (batch,) in each row, whichever it is."""
         self.prepare()
@@ -106,12 +111,12 @@ class DeviceSession:
         self._step.tokens.copy_(tokens)
         return self._step.replay(None).clone()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def greedy(self, tokens: Tensor) -> Tensor:
         """The likeliest tokens (batch, 1) after one more (batch,); -1 where logits are NaN."""
         return self.draw(tokens, self._greedy)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def draw(self, tokens: Tensor, choose: Choice) -> Tensor:
         """What `choose`, always the same, makes of the logits after one more token (batch,)."""
         self.prepare()
@@ -135,6 +140,7 @@ class _Step:
         self._program = fast.program(cache, masked=True)
         self._regions = [fast.bind(region, cache.batch) for region in self._program.regions]
         self._head = fast.bind(self._program.head, cache.batch)
+        self._likeliest = self._greedily(fast)
         self._values: dict[str, Tensor] = {}
         self._tables: dict[str, Tensor] = {}
         positions = torch.arange(self._length, device=fast.device)[None]
@@ -171,6 +177,18 @@ class _Step:
             )
         return self._recorded[bucket, choose]
 
+    def _greedily(self, fast: FastModel) -> Callable[[Tensor], Tensor] | None:
+        """What the head reads to the likeliest token, where no logit need be written for it."""
+        likeliest = fast.runner.likeliest
+        if likeliest is None or self._cache.batch > 1 or not fast.has_plain_head(self._program):
+            return None
+        (weight,) = [
+            held
+            for one, held in zip(self._program.head.arguments, self._head.arguments, strict=True)
+            if isinstance(one, Weight)
+        ]
+        return lambda hidden_states: likeliest(hidden_states, weight)
+
     def _bucket(self) -> int:
         """How many tokens' slots the next step sees at most."""
         bucket = _SMALLEST_BUCKET
@@ -183,17 +201,23 @@ class _Step:
         self._values[INPUT_IDS.name] = self.tokens[:, None]
         for region in self._regions:
             region.run(self._values)
-        (read,) = [one.name for one in self._program.head.arguments if isinstance(one, Value)]
-        self._values[read] = self._values[self._program.hidden.name]
-        self._head.run(self._values)
-        logits = self._values[self._program.head.results[0].name][:, -1]
         self._past.add_(1)
+        hidden_states = self._values[self._program.hidden.name]
         if choose is None:
-            return logits
-        found = choose(logits)
+            return self._logits(hidden_states)
+        if isinstance(choose, Greedy) and self._likeliest is not None:
+            found = self._likeliest(hidden_states)
+        else:
+            found = choose(self._logits(hidden_states))
         # Of a row that is damaged the host hears by the next token; the device must not stumble.
         self.tokens.copy_(found[:, 0].clamp(min=0))
         return found
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        (read,) = [one.name for one in self._program.head.arguments if isinstance(one, Value)]
+        self._values[read] = hidden_states
+        self._head.run(self._values)
+        return self._values[self._program.head.results[0].name][:, -1]
 
     def _show(self, bucket: int) -> None:
         """Set slots, masks, tables and what is visible of the caches."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from threading import Thread
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from portkit.architecture import CausalLM
 from portkit.decoding.bound import Bound
@@ -28,6 +28,7 @@ from portkit.decoding.lowering import Program, Region, Step, Weight
 from portkit.decoding.memory import Arena, check_memory, padded_bytes
 from portkit.decoding.operations import project
 from portkit.decoding.packages import Function, Packages
+from portkit.decoding.runners import Runner, default_runner
 from portkit.decoding.session import Session
 from portkit.decoding.tracing import trace_step
 
@@ -35,9 +36,10 @@ from portkit.decoding.tracing import trace_step
 class FastModel:
     """A model made ready to decode fast; its parameters become views of the memory made here.
 
-    `packages` is where compiled regions are found and made; without it everything runs as torch
-    runs it. `say` gets a line for people where something is slower than it could be. What can wait
-    is made after a session's prefill: the first token waits for nothing.
+    `packages` is where regions compiled for the CPU are found and made; without it everything runs
+    by `runner`, which is the device's own if None is given. `say` gets a line for people where
+    something is slower than it could be. What can wait is made after a session's prefill: the first
+    token waits for nothing.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class FastModel:
         model: CausalLM,
         packages: Packages | None = None,
         say: Callable[[str], None] = lambda _: None,
+        runner: Runner | None = None,
     ) -> None:
         self.model = model
         self.say = say
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.packages = packages
+        self.runner = runner or default_runner(self.device)
         self._steps: dict[int, Step] = {}
         self._placed: dict[Weight, Tensor] = {}
         self._functions: dict[str, Function] = {}
@@ -75,7 +79,7 @@ class FastModel:
         return self._step(cache.batch).cut(cache.kind_of_layer, masked=masked)
 
     def bind(self, region: Region, batch: int) -> Bound:
-        """A region of `program` with its weights, and what runs it as torch runs it."""
+        """A region of `program` with its weights and what runs it."""
         constants = self._step(batch).constants
         weights = {
             one: self._placed[one] if one in self._placed else constants[one.names[0]]
@@ -83,7 +87,7 @@ class FastModel:
             if isinstance(one, Weight)
         }
         if region.code not in self._functions:
-            self._functions[region.code] = _as_torch_runs_it(region.graph)
+            self._functions[region.code] = self.runner.function(region.graph)
         return Bound(region, weights, self._functions[region.code])
 
     def compiled(self, recipes: Sequence[Recipe], *, wait: bool) -> list[Function] | None:
@@ -143,8 +147,3 @@ class FastModel:
 
 def _concatenate(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-
-
-def _as_torch_runs_it(graph: fx.Graph) -> Function:
-    forward: Callable[..., Sequence[Tensor]] = fx.GraphModule({}, graph).forward
-    return lambda arguments: forward(*arguments)

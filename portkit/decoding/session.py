@@ -56,18 +56,23 @@ class Session:
         self._stays_readable = False
 
     @property
+    def is_fast(self) -> bool:
+        """Whether it decodes by the fast path: ready to, and not left to the readable model."""
+        return self._step is not None
+
+    @property
     def is_compiled(self) -> bool:
         """Whether compiled regions run."""
         return self._step is not None and self._step.is_compiled
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self, chunk: int | None = None) -> Tensor:
         """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
         logits = self._prompted.prefill(chunk)
         self._past = self._prompted.past
         return logits
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prepare(self, *, wait: bool = False) -> None:
         """Get ready to decode, as the first `decode` does: take over the prompt, place weights.
 
@@ -88,7 +93,7 @@ class Session:
             self._step.read_out(self._step.hidden_states(self._prompted.last, self._past))
             self._step.look(wait=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Logits (batch, vocab) after one more token (batch,) in each row.
 
@@ -101,7 +106,7 @@ class Session:
         everything[0, ids] = logits
         return everything
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def greedy(self, tokens: Tensor) -> Tensor:
         """The likeliest tokens (batch, 1) after one more (batch,); -1 where logits are NaN."""
         ids, logits = self._largest_of(tokens)

@@ -20,6 +20,7 @@ from portkit.architecture import CausalLM
 from portkit.decoding.operations import attend
 from portkit.nn.attention import KERNELS
 from portkit.nn.cache import Cache, ChunkedCache, LayerCache
+from portkit.nn.moe import ExpertsByChoice, GatedExperts
 from portkit.nn.rope import RotaryEmbedding
 
 BLOCK = "block"
@@ -47,6 +48,8 @@ def trace_step(model: CausalLM, batch: int) -> StepGraphs:
     """Trace one decode step of `batch` rows. Raises Untraceable, with the reason."""
     if any(isinstance(layer, ChunkedCache) for layer in model.new_cache(batch, 1).layers):
         raise Untraceable("what a token sees of its past depends on where its chunk begins")
+    if any(isinstance(one, (ExpertsByChoice, GatedExperts)) for one in model.modules()):
+        raise Untraceable("which experts run is told by a value")
     try:
         return _trace_step(model, batch)
     except Exception as error:  # whatever a family's code raises on proxies

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# torch's fused kernels take grouped heads up to this head_dim; beyond, keys are repeated.
-_MAX_GROUPED_HEAD_DIM = 256
+MAX_GROUPED_HEAD_DIM = 256
+"""Up to here torch's fused kernels take grouped heads; beyond, keys are repeated."""
 
 
 def visible_keys(
@@ -84,7 +84,7 @@ class SdpaAttention(nn.Module):
         batch, num_heads, num_queries, head_dim = query.shape
         num_groups = key.shape[1]
         grouped = num_heads != num_groups
-        if grouped and (mask is not None or head_dim > _MAX_GROUPED_HEAD_DIM):
+        if grouped and (mask is not None or head_dim > MAX_GROUPED_HEAD_DIM):
             if num_queries == 1:  # the heads of a group become the queries of one key head
                 query = query.reshape(batch, num_groups, num_heads // num_groups, head_dim)
             else:

@@ -7,7 +7,7 @@ which rounds buffers and moves the angle at position 9,000 by whole turns, canno
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -186,3 +186,10 @@ def _yarn_attention_scaling(rope: RopeParameters) -> float:
 def _given(value: float | None) -> float:
     assert value is not None, "the config reader checks what each rope type needs"
     return value
+
+
+def of_another_type(rope: RopeParameters) -> RopeParameters:
+    """The nearest rotation of another type: without its scaling, or else stretched by two."""
+    if rope.rope_type == "default":
+        return replace(rope, rope_type="linear", factor=2.0)
+    return replace(rope, rope_type="default")

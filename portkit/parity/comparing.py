@@ -7,8 +7,8 @@ held against the truth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from portkit.errors import PortError
 from portkit.parity.diagnose import Cause, Diagnosis, is_observed
 from portkit.parity.heap import release_freed_memory
 from portkit.parity.judge import Verdict, judge
-from portkit.parity.kill import KillMatrix
 from portkit.parity.ledger import (
     LOGITS,
     Ledger,
@@ -48,20 +47,23 @@ from portkit.parity.whole import WholeTruth
 Tell = Callable[[str], None]
 
 
+class Onlooker(Protocol):
+    """Is shown what the reference had in each pass."""
+
+    def see(self, one: Pass, trace: Trace) -> None: ...
+
+
 def compare(
     port: Side,
     reference: Side,
     table: SiteTable,
     probe: Probe,
     tell: Tell = lambda _: None,
-    matrix: KillMatrix | None = None,
+    onlookers: Sequence[Onlooker] = (),
 ) -> Comparison:
-    """Run `probe` on both sides and judge every site. `tell` is given a line for each step.
-
-    `matrix` is shown what the reference had, and tells what became of its faults.
-    """
+    """Run `probe` on both sides and judge every site. `tell` is given a line for each step."""
     comparing = Comparing(port, reference, table, probe)
-    comparing.matrix = matrix
+    comparing.onlookers = onlookers
     comparing.parameters()
     for group in groups(probe):
         for one in group:
@@ -78,8 +80,7 @@ def compare(
         tuple(map(judge, sites.values())),
         sites,
         tuple(comparing.not_verified()),
-        () if matrix is None else matrix.fates(),
-        (*comparing.truth.notes, *comparing.unseen.widened),
+        notes=(*comparing.truth.notes, *comparing.unseen.widened),
         causes=comparing.causes(),
     )
 
@@ -126,7 +127,7 @@ class Comparing:
         truth = WholeTruth if self.is_partial else Truth
         self.truth = truth(port, reference, table, self.ledger)
         self.unseen = Unseen()
-        self.matrix: KillMatrix | None = None
+        self.onlookers: Sequence[Onlooker] = ()
         self.diagnosis = Diagnosis(reference, table, probe) if is_observed(reference) else None
         self._recordings: list[Recording] = []
         self._compares_logits = table.dims("lm_head") is not None
@@ -211,8 +212,8 @@ class Comparing:
         if self._compares_logits:
             trace[LOGITS] = logits
         del logits
-        if self.matrix is not None:
-            self.matrix.see(one, trace)
+        for onlooker in self.onlookers:
+            onlooker.see(one, trace)
         self.hold(Recording(one, trace, calls, Calls(), self.probe.past(one)))
 
     @torch.no_grad()

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from portkit.parity.faults.catalogue import CATALOGUE
 from portkit.parity.faults.fault import Fault, Place
+from portkit.parity.faults.needs import Feeding
 from portkit.parity.faults.observing import candidates
 from portkit.parity.faults.recipe import Cookbook, Recipe
 from portkit.parity.faults.scene import Facts, Scene, Scenes, in_layer, layer_of, template
 from portkit.parity.faults.wiring import PARAMETER
 from portkit.parity.general import Tendencies
 from portkit.parity.judge import Judgement, Verdict
-from portkit.parity.kill import NEEDS, Fed
 from portkit.parity.local import Trace
 from portkit.parity.probe import Pass, Probe
 from portkit.parity.reference import Reference
@@ -109,7 +109,7 @@ class Diagnosis:
         self.facts = Facts(reference, table)
         self.book = Cookbook(self.facts, candidates)
         self.probe = probe
-        self._scenes_of = Scenes(self.facts, probe)
+        self._scenes_of, self._feeding = Scenes(self.facts, probe), Feeding(self.facts, probe)
         self._scenes: dict[str, Scene] = {}
         self._evidence: dict[str, _Evidence] = {}
         self._seen: list[str] = []
@@ -159,14 +159,14 @@ class Diagnosis:
         most = 1 if site.endswith(("#key", "#value")) else _MOST_PASSES
         if len(evidence.passes) >= most or one.name in evidence.passes:
             return
-        misshapen = not exact and port.shape[1:] != scene.trace.get(site, port).shape[1:]
+        trying = Trying(scene, site, port, evidence.base, exact)
+        misshapen = trying.is_misshapen
         if misshapen and evidence.passes and not evidence.is_misshapen:
             return  # values tell more than shapes
         evidence.is_misshapen = misshapen
         evidence.passes.append(one.name)
         if not evidence.base:
-            evidence.base = self.book.recipe(scene, site)
-        trying = Trying(scene, site, port, evidence.base, exact)
+            evidence.base = trying.base = self.book.recipe(scene, site)
         evidence.tendencies.add(one, scene, trying.pair())
         if evidence.base is None:
             return
@@ -300,13 +300,7 @@ class Diagnosis:
 
     def _fit(self, fault: Fault, passes: set[str]) -> float:
         """How well the passes with a difference are those that have what the fault needs."""
-        window = min(self.facts.windows(), default=None)
-        expected = {
-            one.name
-            for one in self.probe
-            if one.name in self._seen
-            and all(NEEDS[need][1](Fed(one, self.probe.past(one), window)) for need in fault.needs)
-        }
+        expected = self._feeding.passes_with(fault.needs) & {*self._seen}
         both, either = expected & passes, expected | passes
         return len(both) / len(either) if either else 0.0
 

@@ -18,13 +18,14 @@ from torch import Tensor
 from portkit.parity.faults.attending import Kernel
 from portkit.parity.faults.catalogue import CATALOGUE
 from portkit.parity.faults.fault import Fault, Place
+from portkit.parity.faults.needs import Feeding
 from portkit.parity.faults.observing import candidates
 from portkit.parity.faults.recipe import Cookbook, Recipe
 from portkit.parity.faults.rotary import Rotation, Tables
 from portkit.parity.faults.scene import Facts, Scene, Scenes, representatives
 from portkit.parity.faults.wiring import PARAMETER
 from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Verdict, judge
-from portkit.parity.ledger import LOGITS, PassRecord, SiteAccount, rows, squares_of
+from portkit.parity.ledger import LOGITS, PassRecord, SiteAccount, rows, same_shape, squares_of
 from portkit.parity.local import Trace, recorder
 from portkit.parity.precision import casts_lifted
 from portkit.parity.probe import Pass, Probe
@@ -34,37 +35,6 @@ from portkit.parity.sites import SiteTable, watching
 AS_LOADED = "as loaded"
 _ROWS = 512
 """Of a parameter that differs, so many rows say by how much."""
-
-
-@dataclass(frozen=True)
-class Fed:
-    """How a pass is fed, as far as faults depend on it."""
-
-    one: Pass
-    past: int
-    window: int | None
-    """The smallest there is."""
-
-    @property
-    def end(self) -> int:
-        return self.past + self.one.num_tokens
-
-
-NEEDS: dict[str, tuple[str, Callable[[Fed], bool]]] = {
-    "several tokens": ("several tokens", lambda fed: fed.one.num_tokens > 1),
-    "window crossed": (
-        "more tokens than the window",
-        lambda fed: fed.window is None or fed.end > fed.window + 1,
-    ),
-    "window decoded": (
-        "one token behind a full window",
-        lambda fed: fed.window is None or (fed.past >= fed.window and fed.one.num_tokens == 1),
-    ),
-    "left padding": ("a left-padded row", lambda fed: not bool(fed.one.real.all())),
-    "continued": ("a past that it goes on from", lambda fed: fed.past > 0),
-    "decoding": ("one token behind others", lambda fed: fed.past > 0 and fed.one.num_tokens == 1),
-}
-"""What a pass must have to show some faults: in words, and as a question."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +81,7 @@ class KillMatrix:
         self.facts = Facts(reference, table)
         self.book = Cookbook(self.facts, candidates)
         self.probe, self.gate = probe, gate
-        self._scenes = Scenes(self.facts, probe)
+        self._scenes, self._feeding = Scenes(self.facts, probe), Feeding(self.facts, probe)
         self._open = list(catalogue)
         self._all = tuple(self._open)
         self._fates: dict[str, Fate] = {}
@@ -161,10 +131,10 @@ class KillMatrix:
             made, held = edited.run(scene, site), self._held(scene, site, recipe)
             if made is None or held is None:
                 continue
-            if made.shape[1:] != held.shape[1:] or made.dtype != held.dtype:
+            dims = self._dims(site)
+            if not same_shape(dims, made, held) or made.dtype != held.dtype:
                 self._kill(fault, "shape", site, scene.one.name, None)
                 continue
-            dims = self._dims(site)
             ours, theirs = (rows(each, dims, scene.one) for each in (made, held))
             equal = torch.equal(ours, theirs)
             if not equal and (self.gate == "exact" or not made.is_floating_point()):
@@ -257,11 +227,9 @@ class KillMatrix:
             return below[fault.id]
         if fault.id not in self._applied:
             return None
-        window = min(self.facts.windows(), default=None)
-        fed = [Fed(one, self.probe.past(one), window) for one in self.probe]
-        for words, seen in (NEEDS[one] for one in fault.needs):
-            if not any(map(seen, fed)):
-                return f"beyond this probe: it has no pass with {words}, as the default one has"
+        lacks = self._feeding.lacks(fault.needs)
+        if lacks is not None:
+            return f"beyond this probe: it has no pass with {lacks}, as the default one has"
         return None
 
 
@@ -271,15 +239,22 @@ def kill_matrix(
     probe: Probe,
     gate: str = "exact",
     tell: Callable[[str], None] = lambda _: None,
+    beside: Callable[[Pass, Trace], None] = lambda *_: None,
 ) -> tuple[Fate, ...]:
-    """Run the probe once on the reference, and every fault on what is recorded."""
+    """Run the probe once on the reference, and every fault on what is recorded.
+
+    `beside` is shown what was recorded, too.
+    """
     matrix, caches = KillMatrix(reference, table, probe, gate), dict[str, Any]()
     for one in probe:
         tell(one.name)
         trace: Trace = {}
         with watching(reference, table, recorder(trace)):
-            reference.run(one, caches)
+            logits = reference.run(one, caches)
         matrix.see(one, trace)
+        if "lm_head" in trace:
+            trace[LOGITS] = logits
+        beside(one, trace)
     return matrix.fates()
 
 

@@ -7,7 +7,7 @@ takes; the thorough one in more rows, more lengths, and with the head read at ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -166,10 +166,16 @@ class _Feature:
 def unexercised(model: CausalLM, probe: Probe) -> tuple[NotVerified, ...]:
     """What the model turns on and no pass of the probe exercises, each with what would."""
     return tuple(
-        NotVerified(one.name, f"the {probe.name} probe has no {one.needs}", probe.is_complete)
-        for one in _features(model)
-        if not any(one.seen(each, probe.past(each)) for each in probe)
+        NotVerified(name, f"the {probe.name} probe has no {needs}", probe.is_complete)
+        for name, needs in lacking(model, probe)
     )
+
+
+def lacking(model: CausalLM, probe: Probe) -> Iterator[tuple[str, str]]:
+    """The same as names, and what the probe would need for each."""
+    for one in _features(model):
+        if not any(one.seen(each, probe.past(each)) for each in probe):
+            yield one.name, one.needs
 
 
 def _features(model: CausalLM) -> Iterable[_Feature]:

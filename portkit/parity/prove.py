@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from portkit.architecture import CausalLM
 from portkit.checkpoint import Checkpoint
 from portkit.errors import OutOfMemory, PortkitError
 from portkit.loading import Blueprint, draw, open_checkpoint, resolve_device, resolve_dtype
@@ -20,11 +21,13 @@ from portkit.parity.comparing import Tell, compare
 from portkit.parity.generation import NUM_TOKENS, compare_generation
 from portkit.parity.gradients import GradientParity, compare_gradients
 from portkit.parity.kill import KillMatrix, kill_matrix
+from portkit.parity.moving import ConfigMoves
 from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Probe, check_fits
 from portkit.parity.probing import default_probe, training_batch, unexercised
 from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
+from portkit.parity.sensitivity import Sensitivity, settled
 from portkit.parity.sharing import share_parameters
 from portkit.parity.sides import Given, Sides, make_sides
 from portkit.parity.sites import CannotRun, PortSide, SiteTable
@@ -88,7 +91,7 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
             unseen = NotVerified("care in bfloat16", f"the model was given in {_word(asked)}")
             result = replace(result, not_verified=(*result.not_verified, unseen))
         elif asked != CARE:
-            beside = _care(question, checkpoint, tell)
+            beside = _care(question, checkpoint, tell, settled(result.comparisons[0].config))
             known = {one.name for one in result.not_verified}
             further = (one for one in beside.not_verified if one.name not in known)
             result = replace(
@@ -99,7 +102,7 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     fates = [one.fates for one in result.comparisons]
     if question.faults == "off" or not any(fates):
         return result
-    found = merged(fates, _draw(question, checkpoint).config)
+    found = merged(fates, [one.config for one in result.comparisons])
     return replace(result, teeth=found, not_verified=(*result.not_verified, *_uncaught(found)))
 
 
@@ -107,7 +110,7 @@ def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Tee
     """What the question's probe would have caught, without running the port."""
     checkpoint = open_checkpoint(question.repo, question.revision)
     asked = resolve_dtype(question.dtype, checkpoint)
-    fates, probes = [], []
+    fates, probes, configs = [], [], list[tuple[Sensitivity, ...]]()
     with memory_watched():
         for dtype in dict.fromkeys((asked, CARE)):
             prepared = _prepare(question, checkpoint, dtype, tell)
@@ -115,9 +118,11 @@ def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Tee
             assert isinstance(reference, Reference), "nothing else stands in its place"
             probe = probe if dtype == asked else _care_probe(probe)
             table, moved = _table(question, prepared), _moved(question, probe)
-            fates.append(kill_matrix(reference, table, moved, question.gate, tell))
+            fields = _config_moves(prepared, table, moved, settled(*configs))
+            fates.append(kill_matrix(reference, table, moved, question.gate, tell, fields.see))
+            configs.append(fields.found())
             probes.append(probe)
-    return probes[0], merged(fates, _draw(question, checkpoint).config)
+    return probes[0], merged(fates, configs)
 
 
 def _uncaught(found: Teeth) -> Iterator[NotVerified]:
@@ -128,7 +133,7 @@ def _uncaught(found: Teeth) -> Iterator[NotVerified]:
             yield NotVerified(f"fault {one.fault.id}", one.survived)
     for each in found.config:
         if each.seen is False:
-            yield NotVerified(f"config: {each.field}", f"no difference would be seen: {each.by}")
+            yield NotVerified(f"config: {each.field}", each.by)
 
 
 def _prove_in(
@@ -162,10 +167,12 @@ def _prove_in(
     )
 
 
-def _care(question: Question, checkpoint: Checkpoint, tell: Tell) -> Comparison:
+def _care(
+    question: Question, checkpoint: Checkpoint, tell: Tell, known: frozenset[str]
+) -> Comparison:
     """Again in bfloat16; of a complete probe the passes that run every module, near and far."""
     prepared = _prepare(question, checkpoint, CARE, tell)
-    return _compare(question, replace(prepared, probe=_care_probe(prepared.probe)), tell)
+    return _compare(question, replace(prepared, probe=_care_probe(prepared.probe)), tell, known)
 
 
 def _care_probe(probe: Probe) -> Probe:
@@ -206,16 +213,28 @@ def check_layers(question: Question, num_layers: int) -> None:
         )
 
 
-def _compare(question: Question, prepared: _Prepared, tell: Tell) -> Comparison:
+def _compare(
+    question: Question, prepared: _Prepared, tell: Tell, known: frozenset[str] = frozenset()
+) -> Comparison:
+    """`known`: fields of the config that need not be moved again."""
     sides, table = prepared.sides, _table(question, prepared)
-    moved, matrix = _moved(question, prepared.probe), None
+    moved, faults = _moved(question, prepared.probe), chosen(question.faults)
     if sides.are_ours:
         share_parameters(sides.port, sides.reference)
-    if isinstance(sides.reference, Reference) and sides.are_ours:
-        faults = chosen(question.faults)
-        if faults:
-            matrix = KillMatrix(sides.reference, table, moved, question.gate, faults)
-    return compare(sides.port, sides.reference, table, moved, tell, matrix)
+    if not (isinstance(sides.reference, Reference) and sides.are_ours and faults):
+        return compare(sides.port, sides.reference, table, moved, tell)
+    matrix = KillMatrix(sides.reference, table, moved, question.gate, faults)
+    fields = _config_moves(prepared, table, moved, known)
+    found = compare(sides.port, sides.reference, table, moved, tell, (matrix, fields))
+    return replace(found, fates=matrix.fates(), config=fields.found())
+
+
+def _config_moves(
+    prepared: _Prepared, table: SiteTable, probe: Probe, known: frozenset[str]
+) -> ConfigMoves:
+    model = prepared.sides.port.model
+    assert isinstance(model, CausalLM), "our own"
+    return ConfigMoves(prepared.blueprint, model, table, probe, known)
 
 
 def _differentiate(question: Question, prepared: _Prepared) -> GradientParity:

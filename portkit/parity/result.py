@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from portkit.parity.gradients import GradientParity
     from portkit.parity.kill import Fate
     from portkit.parity.probe import Probe
+    from portkit.parity.sensitivity import Sensitivity
     from portkit.parity.teeth import Teeth
 
 
@@ -42,6 +43,8 @@ class Comparison:
     not_verified: tuple[NotVerified, ...] = ()
     fates: tuple[Fate, ...] = ()
     """What became of each fault of the catalogue that was tried."""
+    config: tuple[Sensitivity, ...] = ()
+    """Which fields of the config the probe sees."""
     notes: tuple[str, ...] = ()
     causes: dict[str, Cause] = field(default_factory=dict)
     """Why each culprit differs, as far as it is known."""
@@ -54,6 +57,12 @@ class Comparison:
     def culprits(self) -> tuple[Judgement, ...]:
         """Sites that diverged where they are made, in order of execution."""
         return tuple(one for one in self.judgements if one.verdict is Verdict.diverged)
+
+    @property
+    def rounded(self) -> tuple[tuple[Judgement, Cause], ...]:
+        """Sites that are rounding and whose very bits a known fault gives, with that cause."""
+        found = (one for one in self.judgements if one.verdict is Verdict.rounding)
+        return tuple((one, self.causes[one.site]) for one in found if one.site in self.causes)
 
     @property
     def num_exact(self) -> int:

@@ -46,6 +46,11 @@ def as_fields(result: ParityResult) -> dict[str, Any]:
         ],
         "culprits": culprits,
         "first": culprits[0] if culprits else None,
+        "rounded": [
+            {"site": one.site, "dtype": each.dtype, "cause": _cause(cause)}
+            for each in result.comparisons
+            for one, cause in each.rounded
+        ],
         "generation": _generation(result),
         "gradients": _gradients(result),
         "not_verified": [{"name": one.name, "reason": one.reason} for one in result.not_verified],

@@ -88,17 +88,21 @@ def layer_rows(comparison: Comparison) -> list[Row]:
 
 
 def details(result: ParityResult) -> list[str]:
-    """The first culprit of each comparison: what it is, and the values side by side."""
+    """The first culprit of each comparison: what it is, and the values side by side.
+
+    Without one, the first site that is rounding for a known cause: it fails the exact gate.
+    """
     lines = []
     for comparison in result.comparisons:
         if not comparison.culprits:
+            for one, cause in comparison.rounded[:1]:
+                lines.append(f"rounding in {comparison.dtype}, first at {one.site}")
+                lines += [f"  {said}" for said in (cause.sentence, *support(cause))]
             continue
         first, others = comparison.culprits[0], len(comparison.culprits) - 1
         lines.append(f"first culprit in {comparison.dtype}: {first.site}")
-        cause = comparison.causes.get(first.site)
-        if cause is not None:
-            lines.append(f"  {cause.sentence}")
-            lines += [f"  {one}" for one in support(cause)]
+        if (why := comparison.causes.get(first.site)) is not None:
+            lines += [f"  {said}" for said in (why.sentence, *support(why))]
         lines.append(f"  {first.kind}: {KINDS[first.kind or 'function']}{evidence(first)}")
         account = comparison.accounts[first.site]
         if account.misshapen:
@@ -277,7 +281,8 @@ def _opened(comparison: Comparison, name: str, members: list[Judgement]) -> list
 
 def causes(printed: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any] | None]:
     """The causes that a command's object names, by dtype and site."""
-    return {(one["dtype"], one["site"]): one["cause"] for one in printed["culprits"]}
+    told = (*printed["culprits"], *printed.get("rounded", ()))
+    return {(one["dtype"], one["site"]): one["cause"] for one in told}
 
 
 def said_cause(cause: Mapping[str, Any] | None) -> str:

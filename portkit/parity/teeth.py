@@ -15,7 +15,9 @@ from typing import Any
 from portkit.parity.faults.catalogue import CATALOGUE
 from portkit.parity.faults.fault import Fault
 from portkit.parity.kill import Fate
-from portkit.parity.sensitivity import Sensitivity, sensitivities
+from portkit.parity.sensitivity import Sensitivity, over_dtypes
+from portkit.parity.sensitivity import as_fields as config_as_fields
+from portkit.parity.sensitivity import line as fields_seen
 
 NUM_SAMPLED = 24
 AMOUNTS = ("full", "sampled", "off")
@@ -43,17 +45,20 @@ class Teeth:
 
     @property
     def line(self) -> str:
-        """`would have caught 88 of 88 applicable faults`."""
-        return f"would have caught {self.killed} of {self.applicable} applicable faults"
+        """`would have caught 88 of 88 applicable faults and sees 17 of 17 fields of the config`."""
+        caught = f"would have caught {self.killed} of {self.applicable} applicable faults"
+        return f"{caught} and {fields_seen(self.config)}"
 
 
-def merged(matrices: Sequence[tuple[Fate, ...]], config: Any) -> Teeth:
+def merged(
+    matrices: Sequence[tuple[Fate, ...]], configs: Sequence[tuple[Sensitivity, ...]]
+) -> Teeth:
     """Of each fault the first fate that tells: it was caught, or why it was not."""
     told: list[Fate] = []
     for each in zip(*matrices, strict=True):
         killed = next((one for one in each if one.killed), None)
         told.append(killed or next((one for one in each if one.applies), each[0]))
-    return Teeth(tuple(told), sensitivities(config, tuple(told)))
+    return Teeth(tuple(told), over_dtypes(configs))
 
 
 def chosen(amount: str) -> tuple[Fault, ...]:
@@ -71,7 +76,6 @@ def as_fields(teeth: Teeth) -> dict[str, Any]:
     """Plain values, as `portkit faults --json` prints them."""
     return {
         **counts(teeth),
-        "config": [vars(one) for one in teeth.config],
         "faults": [
             {
                 "name": one.fault.id,
@@ -97,4 +101,5 @@ def counts(teeth: Teeth) -> dict[str, Any]:
         "applicable": teeth.applicable,
         "killed": teeth.killed,
         "survived": [{"name": one.fault.id, "reason": one.survived} for one in teeth.survived],
+        "config": config_as_fields(teeth.config),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from portkit.parity.faults.recipe import Recipe
 from portkit.parity.faults.scene import Scene
-from portkit.parity.ledger import LOGITS, picked, rows
+from portkit.parity.ledger import LOGITS, picked, rows, same_shape
 from portkit.parity.precision import casts_lifted
 
 EXPLAINED = 0.9
@@ -56,6 +56,12 @@ class Trying:
         assert dims is not None, f"{self.site} is declared"
         return dims
 
+    @property
+    def is_misshapen(self) -> bool:
+        """The reference has another shape there."""
+        held = None if self.exact else self.scene.trace.get(self.site)
+        return held is not None and not same_shape(self._dims(), self.port, held)
+
     def _run(self, recipe: Recipe) -> Tensor | None:
         if not self.exact:
             return recipe.run(self.scene, self.site)
@@ -75,7 +81,7 @@ class Trying:
             return None
         if self.exact:
             return self.port, self._rows(held)
-        if held.shape[1:] != self.port.shape[1:]:
+        if not same_shape(self._dims(), self.port, held):
             return None
         return self._rows(self.port), self._rows(held)
 
@@ -98,8 +104,8 @@ class Trying:
         made = self._run(recipe)
         if made is None:
             return -1.0
-        if not self.exact and (
-            made.shape[1:] != self.port.shape[1:] or made.dtype != self.port.dtype
+        if not self.exact and not (
+            same_shape(self._dims(), self.port, made) and made.dtype == self.port.dtype
         ):
             return -1.0
         ours = self.port if self.exact else self._rows(self.port)

@@ -25,6 +25,8 @@ class Mask:
     padding: bool = True
     chunk: int | None = None
     """Only those of the query's own chunk of so many tokens."""
+    chunk_offset: int = 0
+    """Added to a token's place when its chunk is told."""
     held: int = 0
     """How many keys a sliding cache holds beyond the window less one."""
 
@@ -50,7 +52,7 @@ class Mask:
         places = torch.arange(scene.past + one.num_tokens, device=one.input_ids.device)[None]
         if one.attention_mask is not None and self.padding:
             places = places - (one.attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
-        chunks = places // (self.chunk or 1)
+        chunks = (places + self.chunk_offset).div(self.chunk or 1, rounding_mode="floor")
         return chunks[:, None, -one.num_tokens :, None] == chunks[:, None, None, -num_keys:]
 
 

@@ -109,14 +109,21 @@ def _shifted(mask: Mask, place: Place) -> Iterator[Mask]:
             yield replace(mask, window=place.facts.window(name))
 
 
-def _chunk(change: Callable[[int], int | None]) -> Edit:
-    """The mask of a layer that attends within chunks, of another length or of none."""
+def _within(change: Callable[[Mask, int], Iterable[Mask]]) -> Edit:
+    """The mask of a layer that attends within chunks."""
 
     def mask(one: Mask, place: Place) -> Iterator[Mask]:
         if one.chunk is not None:
-            yield replace(one, chunk=change(one.chunk))
+            yield from change(one, one.chunk)
 
     return _masked(mask)
+
+
+def _chunk_by(by: int) -> Edit:
+    """Chunks begin a token late or early: the first one, or each of them."""
+    return _within(
+        lambda one, length: (replace(one, chunk_offset=-by), replace(one, chunk=length + by))
+    )
 
 
 def _not_tempered(rotation: Rotation, place: Place) -> Iterator[Rotation]:
@@ -127,12 +134,43 @@ def _not_tempered(rotation: Rotation, place: Place) -> Iterator[Rotation]:
 def _cooler(rotation: Rotation, place: Place) -> Iterator[Rotation]:
     if rotation.temperature is not None:
         floor, scale = rotation.temperature
-        yield replace(rotation, temperature=(floor + 1, scale))
+        for other in (floor + 1, floor - 1, 8192, 2 * floor, 1):
+            if other not in (floor, 0):
+                yield replace(rotation, temperature=(other, scale))
+
+
+def _warmer(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    if rotation.temperature is not None:
+        floor, scale = rotation.temperature
+        for other in (0.1, 1.0, 0.2, 0.5):
+            if other != scale:
+                yield replace(rotation, temperature=(floor, other))
+
+
+def _tempered_too(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    """As the layers without positions are."""
+    if rotation.temperature is None and place.site.endswith("#query"):
+        for attention in place.facts.attentions:
+            site = f"{attention}#query"
+            other = place.recipe(site) if place.is_known(site) else None
+            if isinstance(other, Rotation) and other.temperature is not None:
+                yield replace(rotation, temperature=other.temperature)
+                return
 
 
 def _norm_left_out(rotation: Rotation, place: Place) -> Iterator[Rotation]:
-    if rotation.norm_after is not None:
-        yield replace(rotation, norm_after=None)
+    if rotation.style == "done":
+        yield replace(rotation, source=f"{rotation.source}:in")
+
+
+def _norm_before(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    """A norm that is given heads as they are projected, and what it makes is rotated."""
+    if rotation.style == "done":
+        inner = place.recipe(f"{rotation.source}:in")
+        if isinstance(inner, Rotation):
+            yield replace(rotation, style=inner.style, upcast=inner.upcast)
+    elif place.site.endswith(":in"):
+        yield replace(rotation, style="none")
 
 
 def _causal(by: int) -> Edit:
@@ -153,7 +191,9 @@ def _capped(kernel: Kernel, place: Place) -> Iterator[Kernel]:
 
 def _value_rotated(heads: Heads, place: Place) -> Iterator[Heads]:
     own = place.recipe(f"{place.facts.attention(place.site)}#key")
-    if isinstance(own, Rotation) and own.style != "none":
+    if isinstance(own, Rotation) and own.style == "done":
+        own = place.recipe(f"{own.source}:in")
+    if isinstance(own, Rotation) and own.turns:
         yield replace(heads, rotation=own)
 
 
@@ -288,14 +328,21 @@ FAULTS = (
         "attention.chunk_as_window",
         "slides a window over the past where this layer attends within chunks",
         "a token sees those of its own chunk of `attention_chunk_size` alone",
-        _chunk(lambda _: None),
+        _within(lambda one, _: (replace(one, chunk=None),)),
         needs=("window decoded",),
     ),
     Fault(
         "attention.chunk_plus_one",
         "begins a chunk a token late",
         "the chunk of a token is its place // `attention_chunk_size`",
-        _chunk(lambda length: length + 1),
+        _chunk_by(1),
+        needs=("window decoded",),
+    ),
+    Fault(
+        "attention.chunk_minus_one",
+        "begins a chunk a token early",
+        "the chunk of a token is its place // `attention_chunk_size`",
+        _chunk_by(-1),
         needs=("window decoded",),
     ),
     Fault(
@@ -312,9 +359,30 @@ FAULTS = (
         needs=("several tokens",),
     ),
     Fault(
+        "attention.temperature_scale",
+        "has another `attn_scale` in its temperature",
+        "1 + attn_scale * log(1 + floor(tokens / floor_scale))",
+        on(Rotation, _warmer),
+        needs=("several tokens",),
+    ),
+    Fault(
+        "attention.temperature_everywhere",
+        "scales the queries of layers that rotate by the temperature too",
+        "scale them in layers without positions alone",
+        on(Rotation, _tempered_too),
+        needs=("several tokens",),
+    ),
+    Fault(
         "attention.norm_after_rotation_missing",
         "does not normalise queries and keys after their rotation",
         "honour `use_qk_norm`",
         on(Rotation, _norm_left_out),
+        leaves_out=True,
+    ),
+    Fault(
+        "attention.norm_before_rotation",
+        "normalises queries and keys before their rotation where this model does so after it",
+        "rotate first, then normalise: without a weight it is the same but for rounding",
+        on(Rotation, _norm_before),
     ),
 )

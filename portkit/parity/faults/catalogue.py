@@ -7,11 +7,13 @@ from portkit.parity.faults import (
     cache,
     experts,
     head,
+    keys,
     loader,
     mlp,
     norms,
     precision,
     rope,
+    streams,
 )
 from portkit.parity.faults.fault import Fault
 
@@ -19,9 +21,11 @@ CATALOGUE: tuple[Fault, ...] = (
     *loader.FAULTS,
     *rope.FAULTS,
     *attention.FAULTS,
+    *keys.FAULTS,
     *norms.FAULTS,
     *mlp.FAULTS,
     *experts.FAULTS,
+    *streams.FAULTS,
     *head.FAULTS,
     *cache.FAULTS,
     *precision.FAULTS,

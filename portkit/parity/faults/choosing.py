@@ -15,7 +15,7 @@ from torch import Tensor
 
 from portkit.parity.faults.scene import Scene
 from portkit.parity.routing import logits_before
-from portkit.parity.sites import EXPERTS
+from portkit.parity.sites import EXPERTS, choice_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ def choices(scene: Scene, site: str) -> Iterator[Choice]:
         for form in ("softmax", "sigmoid", "chosen"):
             for normalised in (False, True):
                 yield Choice(logits, count, form, normalised)
+
+
+def is_router(scene: Scene, site: str) -> bool:
+    """Whether a choice of experts is made by what this module computes."""
+    choice = choice_of(site)
+    return choice in scene.trace and logits_before(choice, scene.trace) == site
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from portkit.parity.faults.choosing import Blocks, Choice, Mixture, Sent, Total
+from portkit.parity.faults.choosing import Blocks, Choice, Mixture, Sent, Total, is_router
 from portkit.parity.faults.fault import Edit, Fault, Place, either, on
+from portkit.parity.faults.modules import Linear
 
 
 def _form(of: str, by: str) -> Edit:
@@ -38,6 +39,11 @@ def _shared_lost(total: Total, place: Place) -> Iterator[Total]:
 
 
 _NOT_SENT_WEIGHED = on(Sent, lambda sent, _: (replace(sent, weighs=False),))
+
+
+def _wide_logits(linear: Linear, place: Place) -> Iterator[Linear]:
+    if is_router(place.scene, place.site):
+        yield replace(linear, upcast=True)
 
 
 FAULTS = (
@@ -142,5 +148,11 @@ FAULTS = (
             on(Mixture, lambda mixture, _: (replace(mixture, one_by_one=True),)),
             on(Total, lambda total, _: (replace(total, one_by_one=True),)),
         ),
+    ),
+    Fault(
+        "experts.router_logits_in_float32",
+        "computes the router's logits in float32",
+        "multiply in the model's dtype, and upcast what comes of it",
+        on(Linear, _wide_logits),
     ),
 )

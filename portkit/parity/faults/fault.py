@@ -28,6 +28,10 @@ class Place:
         """What the reference does at another site."""
         return self.book.recipe(self.scene, site)
 
+    def is_known(self, site: str) -> bool:
+        """Whether what the reference does at a site can be told."""
+        return site in self.scene.trace or self.book.knows(site)
+
     @property
     def facts(self) -> Facts:
         return self.book.facts
@@ -53,7 +57,7 @@ class Fault:
     """What to do about it."""
     edit: Edit
     needs: tuple[str, ...] = ()
-    """What a probe must have to show it, in words of `kill.NEEDS`."""
+    """What a probe must have to show it, in words of `needs.NEEDS`."""
     fits: bool = False
     """A recipe's `fitted` tells the number that the wrong port has."""
     leaves_out: bool = False
@@ -93,7 +97,7 @@ def on_tables(edit: Callable[[Tables, Place], Iterable[Recipe]]) -> Edit:
     def rotated(recipe: Rotation, place: Place) -> Iterable[Recipe]:
         attention = place.facts.attention(place.site)
         own = recipe.tables or place.recipe(f"{attention}:in.cos")
-        if isinstance(own, Tables) and recipe.style != "none":
+        if isinstance(own, Tables) and recipe.turns:
             for one in edit(own, place):
                 assert isinstance(one, Tables)
                 yield replace(recipe, tables=one)

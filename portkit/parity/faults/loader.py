@@ -17,9 +17,15 @@ _NORM = re.compile(r"(.*\.)?\w*norm\.weight$")
 
 def _other(parameter: Parameter, place: Place, name: str) -> Iterator[Parameter]:
     """Another parameter's values, where there is one of that shape and other values."""
-    held, own = place.facts.parameters.get(name), place.facts.parameters[parameter.source]
-    if name != parameter.source and held is not None and held.shape == own.shape:
-        yield replace(parameter, source=name)
+    held, own = (place.facts.parameter(one) for one in (name, parameter.source))
+    if name == parameter.source or held is None or own is None or held.shape != own.shape:
+        return
+    yield replace(parameter, source=name)
+
+
+def _shape(place: Place, name: str) -> tuple[int, ...]:
+    held = place.facts.parameter(name)
+    return () if held is None else tuple(held.shape)
 
 
 def _swapped(one: str, other: str) -> Edit:
@@ -54,8 +60,8 @@ def _lexicographic(own: int, layers: list[int]) -> Iterator[int]:
 
 
 def _transposed(parameter: Parameter, place: Place) -> Iterator[Parameter]:
-    shape = place.facts.parameters[parameter.source].shape
-    if len(shape) == 2 and shape[0] == shape[1]:
+    shape = _shape(place, parameter.source)
+    if len(shape) in (2, 3) and shape[-2] == shape[-1]:
         yield replace(parameter, transposed=True)
 
 
@@ -96,7 +102,7 @@ def _initial_norm(parameter: Parameter, place: Place) -> Iterator[Parameter]:
 
 
 def _initial_matrix(parameter: Parameter, place: Place) -> Iterator[Parameter]:
-    if place.facts.parameters[parameter.source].dim() == 2:
+    if len(_shape(place, parameter.source)) > 1:
         yield replace(parameter, drawn=True)
 
 
@@ -110,8 +116,44 @@ def _bias_left_out(linear: Linear, place: Place) -> Iterable[Recipe]:
 
 
 def _linear_transposed(linear: Linear, place: Place) -> Iterable[Recipe]:
-    shape = place.facts.parameters[linear.weight].shape
+    shape = _shape(place, linear.weight)
     return (replace(linear, transposed=True),) if shape[0] == shape[1] else ()
+
+
+def _halves_exchanged(parameter: Parameter, place: Place) -> Iterator[Parameter]:
+    """Of a block of experts, gate and up of which lie side by side."""
+    if parameter.source.endswith("gate_up_proj"):
+        shape, hidden_size = _shape(place, parameter.source), place.facts.config.hidden_size
+        yield from (replace(parameter, halves=d) for d in (1, 2) if shape[3 - d] == hidden_size)
+
+
+def _other_experts(parameter: Parameter, place: Place) -> Iterator[Parameter]:
+    """Another expert's matrix, or a block in another order."""
+    place_of = re.fullmatch(r"(.+\.experts\.\w+_proj)\.(\d+)", parameter.source)
+    count = _num_experts(place, parameter.source)
+    if not count:
+        return
+    orders = (
+        (*range(1, count), 0),
+        (count - 1, *range(count - 1)),
+        tuple(sorted(range(count), key=str)),
+        tuple(range(count))[::-1],
+        (1, 0, *range(2, count)),
+    )
+    for order in dict.fromkeys(orders):
+        if order == tuple(range(count)):
+            continue
+        if place_of is None:
+            yield replace(parameter, order=order)
+        elif order[int(place_of[2])] != int(place_of[2]):
+            yield from _other(parameter, place, f"{place_of[1]}.{order[int(place_of[2])]}")
+
+
+def _num_experts(place: Place, name: str) -> int:
+    """Of the block that a parameter is or is a part of; 0: none."""
+    block = re.match(r"(.+\.experts)\.\w+_proj", name)
+    shape = () if block is None else _shape(place, f"{block[1]}.down_proj")
+    return shape[0] if len(shape) == 3 else 0
 
 
 FAULTS = (
@@ -131,7 +173,7 @@ FAULTS = (
         "loader.gate_up_swapped",
         "loads `gate_proj` where `up_proj` belongs, and the reverse",
         "exchange the two; of a fused matrix the gate's rows come first here",
-        _swapped("gate_proj", "up_proj"),
+        either(_swapped("gate_proj", "up_proj"), on(Parameter, _halves_exchanged)),
     ),
     Fault(
         "loader.square_transposed",
@@ -165,9 +207,15 @@ FAULTS = (
     ),
     Fault(
         "loader.qk_rows_interleaved",
-        "holds the rows of q and k in the interleaved rotary layout",
-        "permute the rows of each head from (pairs, 2) to (2, pairs), or rotate neighbours",
+        "holds the rows of q and k in the other rotary layout, pairs side by side or in halves",
+        "permute the rows of each head between (pairs, 2) and (2, pairs), or rotate the other way",
         on(Parameter, _interleaved),
+    ),
+    Fault(
+        "loader.experts_order",
+        "holds the matrices of another expert",
+        "stack experts in the order of their numbers: 10 comes behind 9, and not behind 1",
+        on(Parameter, _other_experts),
     ),
     Fault(
         "loader.tie_ignored",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from portkit.parity.faults.fault import Edit, Fault, Place, on
-from portkit.parity.faults.modules import Product
+from portkit.parity.faults.modules import Product, sparsities
 
 
 def _activation(of: tuple[str, ...], by: str) -> Edit:
@@ -14,6 +14,27 @@ def _activation(of: tuple[str, ...], by: str) -> Edit:
         return (replace(product, activation=by),) if product.activation in of else ()
 
     return on(Product, edit)
+
+
+def _dense(product: Product, place: Place) -> Iterator[Product]:
+    if product.sparsity:
+        yield replace(product, sparsity=0.0)
+
+
+def _sparse(product: Product, place: Place) -> Iterator[Product]:
+    pattern = sparsities(place.facts) or []
+    if not product.sparsity:
+        yield from (replace(product, sparsity=one) for one in dict.fromkeys(pattern) if one)
+
+
+def _cut_elsewhere(product: Product, place: Place) -> Iterator[Product]:
+    """At another layer's quantile, at the usual one, at the other end; by another deviation."""
+    if product.sparsity:
+        usual = (*(sparsities(place.facts) or ()), 0.95, 1 - product.sparsity)
+        for one in dict.fromkeys(usual):
+            if one and one != product.sparsity:
+                yield replace(product, sparsity=one)
+        yield replace(product, unbiased=True)
 
 
 _GELUS, _ALL = ("gelu", "gelu_tanh"), ("silu", "gelu", "gelu_tanh")
@@ -63,5 +84,23 @@ FAULTS = (
         "multiplies `gate` and `up` without an activation",
         "act(gate) * up",
         _activation((*_ALL, "relu"), "none"),
+    ),
+    Fault(
+        "mlp.sparsity_missing",
+        "lets all gates of a sparse layer count",
+        "activate relu(gate - (mean + deviation * quantile)), by `activation_sparsity_pattern`",
+        on(Product, _dense),
+    ),
+    Fault(
+        "mlp.sparsity_everywhere",
+        "makes the gates of a dense layer sparse",
+        "a 0 in `activation_sparsity_pattern` means that the layer's gates count as they are",
+        on(Product, _sparse),
+    ),
+    Fault(
+        "mlp.sparsity_cut",
+        "cuts a sparse layer's gates off at another value",
+        "at the layer's own quantile of a normal distribution with the gates' mean and deviation",
+        on(Product, _cut_elsewhere),
     ),
 )

@@ -5,6 +5,7 @@ Each is the formula of a paper, with what implementations differ in as fields.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from portkit.parity.faults.scene import Scene
+from portkit.parity.faults.scene import Facts, Scene, layer_of
+from portkit.parity.sites import AGAIN
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 
@@ -94,6 +97,11 @@ def norms(scene: Scene, site: str, module: nn.Module) -> Iterator[Norm]:
     eps = next((v for k in EPSILONS if isinstance(v := vars(module).get(k), float)), None)
     if eps is None:
         return
+    if not any(True for _ in module.parameters()):
+        yield Norm(None, eps)
+        return
+    # A module that is called again in a pass has the parameters that it has.
+    site = site.partition(AGAIN)[0]
     for casts_first, offset in ((True, 0.0), (False, 1.0), (False, 0.0), (True, 1.0)):
         for centred in (False, True):
             yield Norm(f"{site}.weight", eps, offset, casts_first, centred=centred)
@@ -106,13 +114,21 @@ class Linear:
     weight: str
     bias: str | None
     transposed: bool = False
+    upcast: bool = False
+    """Multiplied in float32, and rounded."""
+    clip: float | None = None
+    """Weights are clipped to at most so much."""
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
         x, weight = scene.at(f"{site}:in"), scene.parameter(self.weight)
         bias = None if self.bias is None else scene.parameter(self.bias)
         if x is None or weight is None or weight.shape[1] != x.shape[-1]:
             return None
-        return F.linear(x, weight.T if self.transposed else weight, bias)
+        weight = weight.T if self.transposed else weight
+        weight = weight if self.clip is None else weight.clamp(-self.clip, self.clip)
+        if self.upcast:
+            return F.linear(x.float(), weight.float(), bias).to(x.dtype)
+        return F.linear(x, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -125,11 +141,14 @@ class Embedding:
     rounded: bool = True
     """The scale is held in the dtype of the table."""
     times: int = 1
+    beyond: str = "first"
+    """The row of a token that a smaller table does not have: its first, or its last."""
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
         whole = scene.facts.parameters[self.weight]
-        input_ids = scene.one.input_ids  # beyond a smaller table a token has the first row
-        h = scene.upcast(F.embedding(input_ids.where(input_ids < len(whole), 0), whole))
+        input_ids = scene.one.input_ids
+        row = 0 if self.beyond == "first" else len(whole) - 1
+        h = scene.upcast(F.embedding(input_ids.where(input_ids < len(whole), row), whole))
         if self.scale is None:
             return h
         for _ in range(self.times):
@@ -143,7 +162,10 @@ class Embedding:
 def embeddings(scene: Scene, site: str, module: nn.Embedding) -> Iterator[Embedding]:
     weight = f"{site}.weight"
     yield Embedding(weight, None)
-    yield Embedding(weight, float(module.embedding_dim) ** 0.5)
+    width = module.embedding_dim
+    yield Embedding(weight, float(width) ** 0.5)
+    if width % scene.facts.num_layers == 0:  # a vector for each layer
+        yield Embedding(weight, float(width // scene.facts.num_layers) ** 0.5)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -163,21 +185,43 @@ class Product:
     up: str
     activation: str
     upcast: bool = False
+    sparsity: float = 0.0
+    """A gate counts by how far it is above this quantile of a normal fit to its token's."""
+    unbiased: bool = False
+    """The fit's deviation is that of a sample."""
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
         gate, up = scene.at(self.gate), scene.at(self.up)
         if gate is None or up is None or gate.shape != up.shape:
             return None
         act = ACTIVATIONS[self.activation]
+        if self.sparsity:
+            gate = self._sparse(scene, gate)
         if self.upcast:
             return (act(gate.float()) * up.float()).to(gate.dtype)
         return act(gate) * up
 
+    def _sparse(self, scene: Scene, gate: Tensor) -> Tensor:
+        quantile = torch.erfinv(2 * torch.tensor(self.sparsity) - 1) * math.sqrt(2)
+        with _disable_current_modes():  # it is held in the model's dtype, in float64 too
+            deviations = scene.upcast(quantile.to(scene.facts.dtype)).to(gate.device)
+        mean = torch.mean(gate, dim=-1, keepdim=True)
+        spread = torch.std(gate, dim=-1, keepdim=True, unbiased=self.unbiased)
+        return torch.relu(gate - (mean + spread * deviations))
+
 
 def products(scene: Scene, site: str) -> Iterator[Product]:
-    block = site.removesuffix(".down_proj:in")
+    block, layer = site.removesuffix(".down_proj:in"), layer_of(site)
+    pattern = sparsities(scene.facts)
+    sparsity = 0.0 if pattern is None or layer is None else pattern[layer]
     for activation in ACTIVATIONS:
-        yield Product(f"{block}.gate_proj", f"{block}.up_proj", activation)
+        yield Product(f"{block}.gate_proj", f"{block}.up_proj", activation, sparsity=sparsity)
+
+
+def sparsities(facts: Facts) -> list[float] | None:
+    """Each layer's sparsity of gates; None where a model has no such thing."""
+    found = getattr(facts.config, "activation_sparsity_pattern", None)
+    return None if found is None else [float(one) for one in found]
 
 
 @dataclass(frozen=True)
@@ -185,15 +229,18 @@ class Logits:
     """What a model returns, of what its head made."""
 
     cap: float | None
+    scale: float = 1.0
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
         made = scene.at("lm_head")
-        if made is None or self.cap is None:
+        if made is None:
             return made
-        return torch.tanh(made / self.cap) * self.cap
+        made = made if self.cap is None else torch.tanh(made / self.cap) * self.cap
+        return made if self.scale == 1.0 else made * self.scale
 
 
 def logits(config: Any) -> Logits:
     """As the config says it; what is returned is not kept, so that it is believed."""
     cap = getattr(config, "final_logit_softcapping", None)
-    return Logits(None if cap is None else float(cap))
+    scale = getattr(config, "logit_scale", None)
+    return Logits(None if cap is None else float(cap), 1.0 if scale is None else float(scale))

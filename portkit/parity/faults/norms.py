@@ -12,8 +12,8 @@ from portkit.parity.faults.scene import layer_of
 from portkit.parity.faults.wiring import Copy, Sum
 
 _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3)
-_HEADS = (".q_norm", ".k_norm")
-SUBLAYERS = (".self_attn", ".mlp")
+_HEADS = (".q_norm", ".k_norm", ".v_norm")
+SUBLAYERS = (".self_attn", ".mlp", ".feed_forward")
 
 
 def _edit(**changes: object) -> Edit:
@@ -30,13 +30,23 @@ def _epsilons(norm: Norm, place: Place) -> Iterator[Norm]:
             yield replace(norm, eps=eps)
 
 
+def _cast_first(norm: Norm, place: Place) -> Iterable[Norm]:
+    weightless = norm.weight is None
+    return () if norm.casts_first or weightless else (replace(norm, casts_first=True),)
+
+
 def _is_norm(place: Place, site: str) -> bool:
     return isinstance(place.recipe(site), Norm)
 
 
 def is_inner(site: str) -> bool:
-    """A norm of a layer that normalises the stream: neither of heads, nor the final one."""
-    return layer_of(site) is not None and not site.endswith(_HEADS)
+    """A norm that is neither of heads, nor the final one."""
+    return not is_final(site) and not site.endswith(_HEADS)
+
+
+def is_final(site: str) -> bool:
+    """The norm behind all layers, or what it is given."""
+    return layer_of(site) is None and site.partition(":")[0].rpartition(".")[2] == "norm"
 
 
 def left_out(copy: Copy, place: Place) -> Iterator[Copy]:
@@ -159,13 +169,19 @@ FAULTS = (
         "norm.cast_before_weight",
         "casts before it multiplies the weight, where this family multiplies in float32",
         "multiply by the weight in float32, and cast last",
-        on(Norm, lambda n, _: () if n.casts_first else (replace(n, casts_first=True),)),
+        on(Norm, _cast_first),
     ),
     Fault(
         "norm.mean_subtracted",
         "subtracts the mean, as LayerNorm does",
         "this is an RMSNorm: divide by the root of the mean square alone",
         on(Norm, lambda n, _: () if n.centred else (replace(n, centred=True),)),
+    ),
+    Fault(
+        "norm.mean_kept",
+        "does not subtract the mean, as an RMSNorm does not",
+        "this is a LayerNorm: subtract the mean, then divide by the deviation",
+        on(Norm, lambda n, _: (replace(n, centred=False),) if n.centred else ()),
     ),
     Fault(
         "norm.missing",

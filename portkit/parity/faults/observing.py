@@ -11,10 +11,19 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from portkit.parity.faults import attending, choosing, modules, rotary, wiring
+from portkit.parity.faults import (
+    attending,
+    choosing,
+    modules,
+    rotary,
+    sharing,
+    streaming,
+    wiring,
+)
 from portkit.parity.faults.recipe import Recipe
 from portkit.parity.faults.scene import Scene
 from portkit.parity.ledger import LOGITS
+from portkit.parity.sites import AGAIN
 
 
 def candidates(scene: Scene, site: str) -> Iterator[Recipe]:
@@ -37,15 +46,21 @@ def _functional(scene: Scene, site: str) -> Iterator[Recipe]:
         yield from rotary.tables(scene, role.partition(".")[2])
     elif role in {"query", "key"}:
         yield from rotary.rotations(scene, site)
+        yield from sharing.shared(scene, site)
     elif role == "value":
         attention = scene.facts.attention(site)
-        yield rotary.Heads(f"{attention}.v_proj", scene.given(site).shape[1])
+        for source in (f"{attention}.v_norm", f"{attention}.v_proj"):
+            if source in scene.trace:
+                yield rotary.Heads(source, scene.given(site).shape[1])
+        yield from sharing.shared(scene, site)
     elif role == "mask":
         yield from attending.masks(scene, site)
     elif role == "experts":
         yield from choosing.choices(scene, site)
     elif role == "context":
         yield from attending.kernels(scene, site)
+    else:
+        yield from streaming.streams(scene, site)
 
 
 def _given_tables(scene: Scene, site: str) -> Iterator[Recipe]:
@@ -57,12 +72,17 @@ def _given_tables(scene: Scene, site: str) -> Iterator[Recipe]:
 
 
 def _of_module(scene: Scene, site: str) -> Iterator[Recipe]:
-    module = scene.facts.modules.get(site)
+    module = scene.facts.modules.get(site.partition(AGAIN)[0]) if ":" not in site else None
+    yield from streaming.streams(scene, site)
     yield from choosing.mixtures(scene, site)
     if module is None:  # an input
         if site.endswith(".down_proj:in"):
             yield from modules.products(scene, site)
+        if ".qk_norm" in site:
+            yield from rotary.rotations(scene, site)
         yield from wiring.connections(scene, site)
+    elif choosing.is_router(scene, site) or site.endswith("_coefs"):
+        yield modules.Linear(f"{site}.weight", None)
     elif isinstance(module, nn.Linear):
         bias = None if f"{site}.bias" not in scene.facts.parameters else f"{site}.bias"
         if bias is None and module.in_features != module.out_features:

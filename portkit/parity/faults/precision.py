@@ -12,15 +12,15 @@ from typing import Any
 from portkit.parity.faults.attending import Kernel
 from portkit.parity.faults.fault import Edit, Fault, Place, on
 from portkit.parity.faults.modules import Norm, Product
+from portkit.parity.faults.norms import is_final
 from portkit.parity.faults.rotary import Rotation
-from portkit.parity.faults.scene import layer_of
 from portkit.parity.faults.wiring import Sum
 
 
 def _not_upcast(final: bool) -> Edit:
     def edit(norm: Norm, place: Place) -> Iterable[Norm]:
-        is_final = layer_of(place.site) is None
-        return (replace(norm, upcast=False),) if norm.upcast and is_final == final else ()
+        applies = norm.upcast and is_final(place.site) == final
+        return (replace(norm, upcast=False),) if applies else ()
 
     return on(Norm, edit)
 
@@ -55,6 +55,12 @@ FAULTS = (
         "rotates in float32 and casts once, where this family rotates in the model's dtype",
         "leave query, key, cos and sin in the model's dtype",
         on(Rotation, lambda r, _: () if r.upcast else (replace(r, upcast=True),)),
+    ),
+    Fault(
+        "precision.rotation_not_upcast",
+        "rotates in the model's dtype where this family rotates in float32 and casts once",
+        "upcast query and key, rotate, and cast back",
+        on(Rotation, lambda r, _: (replace(r, upcast=False),) if r.upcast else ()),
     ),
     Fault(
         "precision.residual_upcast",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from portkit.parity.faults.scene import Facts, Scene
-from portkit.parity.ledger import difference
+from portkit.parity.ledger import difference, same_shape
 
 
 class Recipe(Protocol):
@@ -36,6 +36,10 @@ class Cookbook:
     def __init__(self, facts: Facts, candidates: Candidates) -> None:
         self.facts, self._candidates = facts, candidates
         self._known: dict[str, Recipe | None] = {}
+
+    def knows(self, site: str) -> bool:
+        """Whether a site was observed before."""
+        return site in self._known
 
     def recipe(self, scene: Scene, site: str) -> Recipe | None:
         """The first candidate that gives the recorded tensor in every bit."""
@@ -60,11 +64,9 @@ def reproduces(recipe: Recipe, scene: Scene, site: str) -> bool:
 
 def same(scene: Scene, site: str, made: Tensor, recorded: Tensor) -> bool:
     """Equal in every bit at the real tokens."""
-    if made.shape[1:] != recorded.shape[1:] or made.dtype != recorded.dtype:
-        return False
     dims = scene.facts.table.dims(site)
-    return (
-        torch.equal(made, recorded)
-        if dims is None
-        else difference(scene.one, dims, made, recorded) is None
-    )
+    if dims is None:
+        return made.dtype == recorded.dtype and torch.equal(made, recorded)
+    if not same_shape(dims, made, recorded) or made.dtype != recorded.dtype:
+        return False
+    return difference(scene.one, dims, made, recorded) is None

@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from portkit.parity.faults.fault import Edit, Fault, Place, either, on, on_tables
+from portkit.parity.faults.modules import Norm
 from portkit.parity.faults.rotary import Rotation, Tables, unscaled
+from portkit.parity.faults.scene import in_layer
 
 _THETAS = (1e4, 5e5, 1e6, 1e5, 1.5e5, 5e6, 1e7, 2e4, 5e4)
 _FACTORS = (8.0, 32.0, 16.0, 4.0, 2.0, 1.0, 40.0, 64.0)
@@ -106,29 +108,75 @@ def _angles(tables: Tables, place: Place) -> Iterator[Tables]:
         yield replace(tables, low_angles=form)
 
 
-def _styles(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+def _neighbours(rotation: Rotation, place: Place) -> Iterator[Rotation]:
     if rotation.style == "half":
-        yield from (replace(rotation, style=one) for one in ("pairs", "parted"))
-    elif rotation.style != "none":
-        yield replace(rotation, style="half")
+        for style in ("pairs", "parted", "neighbours"):
+            yield replace(rotation, style=style)
 
 
-def _paired(tables: Tables, place: Place) -> Iterable[Tables]:
-    return (replace(tables, paired=not tables.paired),)
+def _halves(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    if rotation.turns and rotation.style != "half":
+        for style in ("half", "halved"):
+            yield from (replace(rotation, style=style, upcast=wide) for wide in (True, False))
+
+
+def _paired(now: bool) -> Edit:
+    def edit(tables: Tables, place: Place) -> Iterable[Tables]:
+        as_now = tables.polar or tables.paired == now
+        return () if as_now else (replace(tables, paired=now),)
+
+    return on(Tables, edit)
 
 
 def _turned(rotation: Rotation, place: Place) -> Iterable[Rotation]:
-    return () if rotation.style == "none" else (replace(rotation, sign=-rotation.sign),)
+    return (replace(rotation, sign=-rotation.sign),) if rotation.turns else ()
 
 
 def _not_rotated(rotation: Rotation, place: Place) -> Iterable[Rotation]:
-    return () if rotation.style == "none" else (replace(rotation, style="none"),)
+    return (replace(rotation, style="none"),) if rotation.turns else ()
 
 
 def _rotated_too(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    """As another layer rotates, whatever else this layer does instead."""
     if rotation.style == "none":
-        yield replace(rotation, style="polar")
-        yield replace(rotation, style="half")
+        for attention in place.facts.attentions:
+            other = _of_attention(place, attention)
+            if other is not None and other.style != "none":
+                yield _placed_as(place, other)
+                yield _placed_as(place, other, tempered=False)
+                return
+
+
+def _of_attention(place: Place, attention: str) -> Rotation | None:
+    """How another layer treats the positions of its heads, with a norm that may follow."""
+    site = attention + place.site[len(place.facts.attention(place.site)) :]
+    found = place.recipe(site) if place.is_known(site) else None
+    if isinstance(found, Rotation) and found.style == "done":
+        inner, norm = place.recipe(f"{found.source}:in"), place.recipe(found.source)
+        assert isinstance(inner, Rotation), "what is done is done somewhere"
+        assert isinstance(norm, Norm), "and normalised"
+        return replace(inner, norm_after=norm, temperature=found.temperature)
+    return found if isinstance(found, Rotation) else None
+
+
+def _placed_as(place: Place, other: Rotation, tempered: bool = True) -> Rotation:
+    """Another layer's treatment of positions, of this layer's heads."""
+    own = _of_attention(place, place.facts.attention(place.site))
+    assert own is not None, "it is edited"
+    temperature = other.temperature if tempered else own.temperature
+    return replace(other, source=own.source, heads=own.heads, temperature=temperature)
+
+
+def _shifted(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    """A layer that does what the one before or behind it should."""
+    attention = place.facts.attention(place.site)
+    if place.site.endswith(":in"):
+        return
+    for layer in (place.layer or 0) - 1, (place.layer or 0) + 1:
+        other = _of_attention(place, in_layer(attention, layer))
+        if other is not None and (other.style == "none") != (rotation.style == "none"):
+            yield _placed_as(place, other)
+            yield _placed_as(place, other, tempered=False)
 
 
 def _rounded(tables: Tables, place: Place) -> Iterable[Tables]:
@@ -242,9 +290,15 @@ FAULTS = (
     ),
     Fault(
         "rope.interleaved",
-        "pairs neighbouring channels where this checkpoint pairs channel i with i + d/2",
+        "pairs neighbouring channels where this model pairs channel i with i + d/2",
         "rotate halves, or permute the rows of q and k when they are loaded",
-        either(on(Rotation, _styles), on(Tables, _paired)),
+        either(on(Rotation, _neighbours), on(Tables, _paired(now=True))),
+    ),
+    Fault(
+        "rope.not_interleaved",
+        "pairs channel i with i + d/2 where this model pairs neighbouring channels",
+        "rotate channel 2i with 2i + 1, or permute the rows of q and k when they are loaded",
+        either(on(Rotation, _halves), on(Tables, _paired(now=False))),
     ),
     Fault(
         "rope.sign",
@@ -284,10 +338,20 @@ FAULTS = (
     ),
     Fault(
         "rope.applied_everywhere",
-        "rotates in layers that have no positions",
-        "of `no_rope_layers` a 1 means that the layer rotates",
+        "rotates in a layer that knows of no positions",
+        "rotate where the model does: a 1 in `no_rope_layers` means that the layer rotates; where "
+        "there is no such list, only layers of one type do",
         on(Rotation, _rotated_too),
         needs=("several tokens",),
+    ),
+    Fault(
+        "rope.shifted_by_a_layer",
+        "counts the layers without positions from another one",
+        "take from the config which layers rotate, or count from 0: layer i has none where "
+        "(i + 1) % interval == 0",
+        on(Rotation, _shifted),
+        needs=("several tokens",),
+        leaves_out=True,
     ),
     Fault(
         "rope.tables_rounded",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from portkit.parity.faults.modules import Norm
 from portkit.parity.faults.scene import Scene
+from portkit.parity.sites import AGAIN
 
 Parameters = tuple[tuple[str, object], ...]
 
@@ -121,8 +122,10 @@ class Rotation:
     """What is rotated: the norm of heads where there is one, else the projection."""
     heads: int
     style: str = "half"
-    """half: channel i with i + d/2; pairs: with its neighbour, kept in place; parted: its
-    neighbour, the two halves then side by side; polar: its neighbour, as a complex number; none."""
+    """half: channel i with i + d/2; halved: so, by tables laid out for neighbours; pairs: with its
+    neighbour, kept in place; neighbours: so, by tables laid out for it; parted: its neighbour, the
+    two halves then side by side; polar: its neighbour, as a complex number; none; done: the source
+    is rotated already."""
     upcast: bool = False
     sign: float = 1.0
     tables: Tables | None = None
@@ -138,14 +141,19 @@ class Rotation:
     past: str = "held"
     """held, unrotated, stale, shifted, early, late: what a cache gives back of the past."""
 
+    @property
+    def turns(self) -> bool:
+        """Whether it is here that something is rotated."""
+        return self.style not in {"none", "done"}
+
     def run(self, scene: Scene, site: str) -> Tensor | None:
         x = scene.heads_first(self.source, self.heads)
         if x is not None and self.other_norm is not None:
             x = self.other_norm.of(scene, x)
         tables = self._tables(scene, site)
-        if x is None or (tables is None and self.style != "none"):
+        if x is None or (tables is None and self.turns):
             return None
-        new = x if tables is None or self.style == "none" else self.rotated(x, *tables)
+        new = x if tables is None or not self.turns else self.rotated(x, *tables)
         if self.norm_after is not None:
             normed = self.norm_after.of(scene, new)
             if normed is None:
@@ -155,6 +163,8 @@ class Rotation:
             new = tempered(scene, new, *self.temperature)
         if self.scale != 1.0:
             new = new * self.scale
+        if site.endswith(":in"):  # of a norm of heads behind it, by token
+            return new.transpose(1, 2)
         if site.endswith("#query"):
             return new
         return with_past(scene, site, new, self)
@@ -171,20 +181,26 @@ class Rotation:
         if self.style == "polar":
             if cos.shape[-1] != half:
                 return x  # not made for it
-            paired = x.float().contiguous().view(*x.shape[:-1], half, 2)
-            numbers = torch.view_as_complex(paired)
-            turned = torch.view_as_real(numbers * torch.complex(cos.float(), sin.float()))
+            # Laid out by token, as the reference has it: that decides the products' last bits.
+            by_token = x.transpose(1, 2).float().contiguous()
+            numbers = torch.view_as_complex(by_token.view(*by_token.shape[:-1], half, 2))
+            turns = torch.complex(cos.float(), sin.float()).transpose(1, 2)
+            turned = torch.view_as_real(numbers * turns).transpose(1, 2)
             return turned.flatten(-2).to(dtype)
         if cos.shape[-1] == half:  # of one angle a pair
-            cos, sin = (torch.cat((one, one), -1).to(dtype) for one in (cos, sin))
+            cos, sin = (torch.cat((one, one), -1) for one in (cos, sin))
+            cos, sin = (cos, sin) if self.upcast else (cos.to(dtype), sin.to(dtype))
         if self.upcast:
             x, cos, sin = x.float(), cos.float(), sin.float()
-        if self.style == "half":
+        if self.style == "halved":
+            cos, sin = (torch.cat((one[..., ::2], one[..., ::2]), -1) for one in (cos, sin))
+        if self.style in {"half", "halved"}:
             turned = torch.cat((-x[..., half:], x[..., :half]), -1)
             return (x * cos + turned * sin).to(dtype)
-        if self.style == "pairs":
+        if self.style in {"pairs", "neighbours"}:
             turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-            cos, sin = (one[..., :half].repeat_interleave(2, -1) for one in (cos, sin))
+            if self.style == "pairs":
+                cos, sin = (one[..., :half].repeat_interleave(2, -1) for one in (cos, sin))
             return (x * cos + turned * sin).to(dtype)
         parted = torch.cat((x[..., ::2], x[..., 1::2]), -1)
         turned = torch.cat((-parted[..., half:], parted[..., :half]), -1)
@@ -279,18 +295,21 @@ class Heads:
 def rotations(scene: Scene, site: str) -> Iterator[Rotation]:
     """The forms that a rotation may have."""
     attention = scene.facts.attention(site)
-    letter = "q" if site.endswith("#query") else "k"
-    heads = scene.given(site).shape[1]
+    behind = site.endswith(":in")
+    letter = "q" if site.endswith(("#query", ".qk_norm:in")) else "k"
+    heads = scene.given(site).shape[2 if behind else 1]
     normed = f"{attention}.{letter}_norm"
     source = normed if normed in scene.trace else f"{attention}.{letter}_proj"
-    for style in ("half", "pairs", "parted"):
+    norm_behind = f"{attention}.qk_norm" if letter == "q" else f"{attention}.qk_norm{AGAIN}2"
+    if norm_behind in scene.trace and not behind:
+        yield Rotation(norm_behind, heads, "done")
+        return
+    for style in ("half", "pairs", "neighbours", "parted"):
         for upcast in (False, True):
             yield Rotation(source, heads, style, upcast)
     yield Rotation(source, heads, "none")
     yield Rotation(source, heads, "polar")
     config = scene.facts.config
-    if isinstance(eps := getattr(config, "rms_norm_eps", None), float):
-        yield Rotation(source, heads, "polar", norm_after=Norm(None, eps))
     floor, scale = (getattr(config, key, None) for key in ("floor_scale", "attn_scale"))
     if isinstance(floor, int) and isinstance(scale, float):
         yield Rotation(source, heads, "none", temperature=(floor, scale))

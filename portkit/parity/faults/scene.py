@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from portkit.parity.local import Trace
 from portkit.parity.probe import Pass, Probe
-from portkit.parity.reference import Reference
+from portkit.parity.reference import Reference, by_name
 from portkit.parity.sites import SiteTable
 
-_LAYER = re.compile(r"\.(\d+)(?=\.|$|:|#)")
+_LAYER = re.compile(r"(?<=\blayers)\.(\d+)(?=\.|$|:|#)")
 ATTENTION = ".self_attn"
 
 
@@ -42,6 +42,21 @@ class Facts:
         self.dtype = next(reference.model.parameters()).dtype
         self.attentions = [name for name in self.modules if name.endswith(ATTENTION)]
         self._frequencies: dict[Any, tuple[Tensor, float]] = {}
+
+    def parameter(self, name: str) -> Tensor | None:
+        """A parameter by the reference's name or, of experts that it stacks, by the port's."""
+        return by_name(self.parameters, [name]).get(name)
+
+    def traits(self, layer: int | None) -> tuple[str, ...]:
+        """What the config's lists with an entry a layer say of one."""
+        lists = (v for v in vars(self.config).values() if isinstance(v, list | tuple))
+        if layer is None:
+            return ()
+        return tuple(str(one[layer]) for one in lists if len(one) == self.num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
 
     def attention(self, site: str) -> str:
         """`model.layers.3.self_attn` of any site within it."""
@@ -141,7 +156,7 @@ class Scene:
         return found
 
     def parameter(self, name: str) -> Tensor | None:
-        found = self.facts.parameters.get(name)
+        found = self.facts.parameter(name)
         return None if found is None else self.upcast(found)
 
     def upcast(self, tensor: Tensor) -> Tensor:
@@ -216,7 +231,8 @@ def template(site: str) -> str:
 def representatives(facts: Facts, sites: Iterable[str]) -> Iterator[str]:
     """Of sites that differ in the layer alone, one for each kind of layer.
 
-    Layers are of a kind that have the same sites, and whose queries see as many keys.
+    Layers are of a kind that have the same sites, whose queries see as many keys, and of which the
+    config's lists say the same.
     """
     sites, alike = [*sites], defaultdict[int | None, set[str]](set)
     for site in sites:
@@ -226,7 +242,7 @@ def representatives(facts: Facts, sites: Iterable[str]) -> Iterator[str]:
     for site in sites:
         layer = layer_of(site)
         kind = frozenset(() if layer is None else alike[layer])
-        key = template(site), windows.get(layer), kind
+        key = template(site), windows.get(layer), facts.traits(layer), kind
         if key not in seen:
             seen.add(key)
             yield site

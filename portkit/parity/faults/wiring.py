@@ -6,6 +6,7 @@ until one, or two of them added, give the recorded tensor in every bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -57,19 +58,28 @@ class Sum:
     upcast: bool = False
     """Added in float32, cast once."""
     cast: bool = True
+    divisor: float = 1.0
+    """The sum is divided by it."""
+    norm: Norm | None = None
+    """The sum is normalised."""
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
         found = [scene.at(one) for one in self.terms]
         total = found[0]
-        if total is None or any(one is None or one.shape != total.shape for one in found):
+        if total is None or any(one is None or one.numel() != total.numel() for one in found):
             return None
         dtype = total.dtype
         if self.upcast:
             total = total.float()
         for one in found[1:]:
             assert one is not None
-            total = total + (one.float() if self.upcast else one)
-        return total.to(dtype) if self.cast else total
+            # Experts stand in one row, whatever batch their tokens come from.
+            term = one.reshape(total.shape)
+            total = total + (term.float() if self.upcast else term)
+        if self.divisor != 1.0:
+            total = total / self.divisor
+        total = total.to(dtype) if self.cast else total
+        return total if self.norm is None else self.norm.of(scene, total)
 
 
 def connections(scene: Scene, site: str) -> Iterator[Copy | Sum]:
@@ -85,7 +95,7 @@ def connections(scene: Scene, site: str) -> Iterator[Copy | Sum]:
     alike = [
         one
         for one in names[: names.index(site)][::-1][:_FAR]
-        if scene.trace[one].shape == wanted.shape
+        if _as_many(scene.trace[one], wanted)
         and one.removesuffix(":in").rpartition(".")[0] in (block, block.rpartition(".")[0])
     ]
     # Of equal tensors one stands for all: a layer's input is that of its first norm as well.
@@ -93,12 +103,26 @@ def connections(scene: Scene, site: str) -> Iterator[Copy | Sum]:
     for one in alike[::-1]:
         if not any(torch.equal(scene.trace[one], scene.trace[other]) for other in different):
             different.append(one)
+    different.sort(key=lambda one: scene.trace[one].shape != wanted.shape)
     # A layer adds to what it was given: what its inner norms are given is not read by its sum.
     inner = [one for one in different if ":in" not in one or is_layer_input(one)]
     for three in combinations(inner, 3):
         yield Sum(three)
     for first, second in combinations(different, 2):
         yield Sum((first, second))
+    if site.endswith(":in"):  # LAuReL adds a branch, and takes the sum down again
+        for first, second, third in combinations(different, 3):
+            for two in ((second, third), (third, second)):
+                yield Sum((first, *two), divisor=math.sqrt(2))
+
+
+def _as_many(tensor: Tensor, wanted: Tensor) -> bool:
+    """Of one shape, but for tokens that stand in one row."""
+    return tensor.shape == wanted.shape or (
+        tensor.dim() == wanted.dim() - 1
+        and tensor.shape[-1] == wanted.shape[-1]
+        and tensor.numel() == wanted.numel()
+    )
 
 
 @dataclass(frozen=True)
@@ -113,10 +137,14 @@ class Parameter:
     constant: float | None = None
     drawn: bool = False
     """Values of its own, as before anything was loaded."""
+    order: tuple[int, ...] = ()
+    """Of a block of experts: whose matrices stand in each one's place."""
+    halves: int = 0
+    """A dimension along which the two halves are exchanged."""
 
     def run(self, scene: Scene, site: str) -> Tensor | None:
-        held = scene.facts.parameters.get(self.source)
-        own = scene.facts.parameters.get(site.removesuffix(PARAMETER))
+        held = scene.facts.parameter(self.source)
+        own = scene.facts.parameter(site.removesuffix(PARAMETER))
         if held is None or own is None or (held.shape != own.shape):
             return None
         if self.constant is not None:
@@ -126,8 +154,16 @@ class Parameter:
             drawn = torch.empty(held.shape[-1], device=held.device)
             drawn.normal_(0, 0.02, generator=generator)
             return drawn.to(held.dtype).expand(held.shape)  # one row for all: it may be large
+        return self._moved(held)
+
+    def _moved(self, held: Tensor) -> Tensor:
+        """The same values in other places."""
+        if self.order:
+            return held[list(self.order)]
+        if self.halves:
+            return torch.cat(held.chunk(2, self.halves)[::-1], self.halves)
         if self.transposed:
-            return held.T
+            return held.transpose(-1, -2)
         if self.interleaved:
             return _interleaved(held, self.head_dim, self.interleaved)
         return held
@@ -136,8 +172,9 @@ class Parameter:
         """Of values that nobody can foretell: how little they have to do with the reference's."""
         if not self.drawn or port.shape != reference.shape:
             return None
-        rows = slice(0, 512)
-        a, b = (one[rows].double().flatten() for one in (port, reference))
+        a, b = (
+            one.reshape(-1, one.shape[-1])[:512].double().flatten() for one in (port, reference)
+        )
         a, b = a - a.mean(), b - b.mean()
         scale = float(a.norm() * b.norm())
         return 1.0 - (float(a @ b) / scale) ** 2 if scale else 0.0
