@@ -118,10 +118,12 @@ def read_config(reader: ConfigReader) -> Llama4Config:
     check_heads(
         reader.where, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     )
-    if config.num_experts_per_tok > config.num_local_experts:
+    chosen, experts = config.num_experts_per_tok, config.num_local_experts
+    if chosen > experts:
+        raise reader.contradiction(f"num_experts_per_tok {chosen} > num_local_experts {experts}")
+    if CHUNKED in config.layer_types and reader.raw.get("attention_chunk_size", 0) is None:
         raise reader.contradiction(
-            f"num_experts_per_tok {config.num_experts_per_tok} is more than num_local_experts "
-            f"{config.num_local_experts}"
+            "attention_chunk_size is null, and layer_types has chunked_attention: give a length"
         )
     return config
 
@@ -199,10 +201,8 @@ class Attention(nn.Module):
         return output
 
     def temperature(self, past: int, x: Tensor) -> Tensor:
-        """float32 (tokens, 1, 1): a factor for each query, by how many tokens stand before it.
-
-        Tokens are counted as the cache counts them, padding too, and whatever their positions.
-        """
+        """float32 (tokens, 1, 1): a factor for each query, by how many tokens stand before it, as
+        the cache counts them: padding too, and whatever their positions."""
         count = torch.arange(past, past + x.shape[1], device=x.device).float() + 1.0
         factors = torch.log1p(torch.floor(count / self.floor_scale)) * self.attn_scale + 1.0
         return factors[:, None, None]

@@ -65,19 +65,24 @@ def llama4(**config: Any) -> Tiny:
     return Tiny("Llama4", given)
 
 
+def _mistral(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    return Tiny("Mistral", {**_SHARED, **heads, "head_dim": 40, "sliding_window": 24, **config})
+
+
 def gemma3(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2}
     windows = {"sliding_window": 24, "query_pre_attn_scalar": 48}
     return Tiny("Gemma3", {**_SHARED, **heads, **windows, "head_dim": 40, **config})
 
 
-def _cohere2(**config: Any) -> Tiny:
+def cohere2(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2}
     windows = {"sliding_window": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
     return Tiny("Cohere2", {**_SHARED, **heads, **windows, "head_dim": 40, **config})
 
 
-def _gemma3n(**config: Any) -> Tiny:
+def gemma3n(**config: Any) -> Tiny:
     """Twelve layers, of which five share keys; streams, sparse layers, tokens beyond the table."""
     sizes = {
         "vocab_size_per_layer_input": 401,
@@ -100,7 +105,7 @@ def _gemma3n(**config: Any) -> Tiny:
     return Tiny("Gemma3n", {**_SHARED, **sizes, **layers, **config})
 
 
-def _smollm3(**config: Any) -> Tiny:
+def smollm3(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     return Tiny("SmolLM3", {**_SHARED, **heads, **ids, "rope_theta": 5e6, **config})
@@ -174,8 +179,18 @@ TINY: dict[str, Tiny] = {
         num_attention_heads=4,
         num_hidden_layers=12,
     ),
-    "smollm3": _smollm3(),
-    "smollm3 sliding": _smollm3(
+    "mistral": _mistral(num_hidden_layers=12),
+    "mistral without a window": _mistral(
+        sliding_window=None,
+        head_dim=None,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        pad_token_id=3,
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+    ),
+    "smollm3": smollm3(),
+    "smollm3 sliding": smollm3(
         num_hidden_layers=5,
         no_rope_layers=[1, 0, 1, 1, 0],
         use_sliding_window=True,
@@ -184,8 +199,8 @@ TINY: dict[str, Tiny] = {
         attention_bias=True,
         mlp_bias=True,
     ),
-    "gemma3n": _gemma3n(),
-    "gemma3n plain": _gemma3n(
+    "gemma3n": gemma3n(),
+    "gemma3n plain": gemma3n(
         hidden_size=320,
         num_hidden_layers=4,
         intermediate_size=96,
@@ -197,8 +212,8 @@ TINY: dict[str, Tiny] = {
         altup_active_idx=1,
         final_logit_softcapping=3.0,
     ),
-    "cohere2": _cohere2(num_hidden_layers=12),
-    "cohere2 with biases": _cohere2(
+    "cohere2": cohere2(num_hidden_layers=12),
+    "cohere2 with biases": cohere2(
         attention_bias=True,
         tie_word_embeddings=False,
         logit_scale=0.3,

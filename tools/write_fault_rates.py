@@ -2,9 +2,10 @@
 
     python tools/write_fault_rates.py [--family NAME] [--dtype DTYPE] [--only ID] [--pairs] [--page]
 
-What was measured is kept, a line a fault, in build/fault_rates.jsonl: a run that was stopped goes
-on from there, and `--fresh` begins again. `--page` writes the page alone. One core, a few seconds a
-fault: some twenty minutes for all on a machine of one's own.
+What was measured is kept, a line a fault, in docs/faults.jsonl, so that a family can be measured by
+itself: a run that was stopped goes on from there, `--again` measures anew what it is asked for,
+`--missed` of that what was missed, and `--fresh` forgets all. `--page` writes the page alone. One
+core, a few seconds a fault: about an hour for all.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from parity_tests.faults.pairs import NUM_PAIRS, both_found, draw  # noqa: E402
 from parity_tests.faults.stages import FAMILIES, Impossible, Stage, stages  # noqa: E402
 from portkit.parity.faults.catalogue import CATALOGUE  # noqa: E402
 
-KEPT, PAGE = ROOT / "build" / "fault_rates.jsonl", ROOT / "docs" / "faults.md"
+KEPT, PAGE = ROOT / "docs" / "faults.jsonl", ROOT / "docs" / "faults.md"
 Row = dict[str, Any]
 TEXT = """# Faults
 
@@ -120,9 +121,20 @@ def kept() -> dict[str, Row]:
 
 
 def keep(row: Row) -> None:
-    KEPT.parent.mkdir(exist_ok=True)
     with KEPT.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def tidy(known: Iterable[str]) -> None:
+    """Keep the last row of each key that still means something, in the order of `known`."""
+    rows = kept()
+    lines = [json.dumps(rows[key], ensure_ascii=False) for key in known if key in rows]
+    KEPT.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def is_missed(row: Row) -> bool:
+    named = row["causes"] is None or row["causes"][:1] == [row["fault"]]
+    return not (row["caught"] and row["placed"] and named)
 
 
 def share(rows: list[Row], key: str) -> str:
@@ -228,6 +240,8 @@ def main() -> None:
     parser.add_argument("--only", metavar="ID", help="one fault of the catalogue")
     parser.add_argument("--pairs", action="store_true", help="the stacked pairs alone")
     parser.add_argument("--page", action="store_true", help="write the page alone")
+    parser.add_argument("--again", action="store_true", help="measure anew what is asked for")
+    parser.add_argument("--missed", action="store_true", help="measure anew what was missed of it")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -240,7 +254,8 @@ def main() -> None:
         if not options.page:
             todo = [] if options.pairs else [*chosen(possible, options)]
             for number, stage in enumerate(todo, start=1):
-                if stage.name not in known:
+                row = known.get(stage.name)
+                if row is None or options.again or (options.missed and is_missed(row)):
                     print(f"{number} of {len(todo)}: {stage.name}", file=sys.stderr, flush=True)
                     keep(measure(judging, stage))
             everything = not (options.family or options.dtype or options.only)
@@ -248,6 +263,7 @@ def main() -> None:
                 if f"pair {seed}" not in known:
                     print(f"pair {seed + 1} of {NUM_PAIRS}", file=sys.stderr, flush=True)
                     keep(measure_pair(judging, possible, seed))
+        tidy([one.name for one in possible] + [f"pair {seed}" for seed in range(NUM_PAIRS)])
         PAGE.write_text(page(kept(), possible, impossible), encoding="utf-8")
 
 

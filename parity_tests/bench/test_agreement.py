@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 
 from parity_tests.conftest import CheckpointMaker
 from portkit.bench.agreement import compare_tokens, judge_paths
 from portkit.bench.engines import EAGER, READABLE, TRANSFORMERS
+from portkit.bench.true_logits import true_logits
 from portkit.generation.loop import ReadableBatch
 from portkit.loading import load
 
@@ -69,3 +73,22 @@ def test_paths_are_judged_and_a_wrong_one_diverges(
 
     monkeypatch.setattr(Kind, "slot", lambda self, past: (past // 2) % self.num_slots)
     assert judge_paths(model, [EAGER], 509) == {EAGER: "diverged"}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama tied with biases", "qwen3 moe"])
+def test_the_truth_is_float64_and_leaves_the_model_as_it_was(
+    name: str, tiny_checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("portkit.bench.true_logits.HEAD_ROWS", 200)  # of 509: not all alike
+    model = load(tiny_checkpoint(name)).model
+    held = {key: one.data_ptr() for key, one in model.named_parameters()}
+    ids = torch.tensor([[3, 300, 17, 508, 44]])
+    truth = true_logits(model, ids, 2)
+    assert truth.dtype is torch.float64
+    assert held == {key: one.data_ptr() for key, one in model.named_parameters()}
+    with torch.inference_mode():
+        assert model(ids).dtype is torch.float32
+        # Its norms still compute in float32 there.
+        whole = copy.deepcopy(model).double()(ids)[:, 2:]
+    assert float((truth - whole).abs().max()) < 1e-5 * float(whole.abs().max())
+    assert not torch.equal(truth, whole)

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import portkit
+from parity_tests.conftest import CheckpointMaker
 from portkit.bench.roofline import bytes_per_token
 from portkit.cli import bench, main
 from portkit.loading import load
@@ -67,6 +69,23 @@ def test_decode_measures_each_engine_and_says_whether_it_is_right(
 
 
 @pytest.mark.usefixtures("no_compiler")
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("name", ["qwen3 moe", "gemma3n plain"])
+def test_decode_measures_other_wirings(
+    name: str, tiny_checkpoint: CheckpointMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Experts, and several streams: whichever engines take them are right."""
+    folder = tiny_checkpoint(name, torch.float32)
+    capsys.readouterr()
+    asked = ("--context", "9", "--tokens", "6", "--rounds", "1", "--threads", "1", "--json")
+    assert run("decode", str(folder), *asked) == 0
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert "readable" in {row["engine"] for row in rows}
+    assert all(row["tokens_per_s"] > 0 and row["same_tokens"] is not False for row in rows)
+    assert {row["verdict"] for row in rows} <= {"exact", "rounding", None}
+
+
 def test_prefill_and_load_are_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("prefill", str(DEMO), "--context", "5,30", "--rounds", "1", "--threads", "1") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -7,6 +7,7 @@ decode` measures the same with every engine in a process of its own.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +20,17 @@ from parity_tests.benchmarks.conftest import Compare
 from parity_tests.benchmarks.test_opening import record
 from portkit.architecture import CausalLM
 from portkit.decoding.fast import FastModel
-from portkit.decoding.packages import Packages
+from portkit.decoding.packages import Packages, default_folder
 from portkit.generation.loop import ReadableBatch
 from portkit.loading import load
 
 CONTEXT, NUM_TOKENS, ROUNDS = 128, 16, 7
+
+
+@pytest.fixture(autouse=True)
+def all_cores() -> None:
+    """After the fixture that sets one: no bits are compared here."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +39,8 @@ def model(released_size: Path) -> CausalLM:
 
 
 @pytest.fixture(scope="module")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
-    return Packages(tmp_path_factory.mktemp("packages"), pytest.fail)
+def packages() -> Packages:
+    return Packages(default_folder(), pytest.fail)
 
 
 def prompts() -> list[list[int]]:

@@ -143,7 +143,8 @@ def test_compiled_regions_are_within_the_floor(
     room = NUM_DECODED + 1
     truth = true_logits(model, given)
     readable = logits_of(ReadableBatch(model, given, room), 1)
-    fast = FastModel(model, Packages(tmp_path, said.append))
+    packages = Packages(tmp_path, said.append)
+    fast = FastModel(model, packages)
 
     whole, largest = (
         logits_of(fast.start(given, room, count), 1, compiled=True) for count in (None, 5)
@@ -152,10 +153,13 @@ def test_compiled_regions_are_within_the_floor(
     kept = largest > -torch.inf
     assert bool((kept[:, 1:].sum(-1) >= 5).all())
     assert not bool(kept[:, 1:].all())
-    again = FastModel(model, Packages(tmp_path, said.append)).start(given, room)
+    assert packages.compile_s > 1
+    made = Packages(tmp_path, said.append)
+    again = FastModel(model, made).start(given, room)
     with torch.inference_mode():
         again.prefill()
     again.prepare()
     again.decode(torch.tensor([3]))
     assert again.is_compiled, "the regions are there from before: nobody waits"
+    assert made.compile_s == 0
     assert said == []

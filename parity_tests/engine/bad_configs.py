@@ -254,6 +254,18 @@ CONFIG_VALUES = [
         base="smollm3",
     ),
     Case(
+        "layer types where one window counts",
+        config({"layer_types": ["sliding_attention"] * 2}),
+        ("layer_types", "sliding_window alone"),
+        base="mistral",
+    ),
+    Case(
+        "window that sees nothing",
+        config({"sliding_window": 1}),
+        ("sliding_window must be between 2", "not 1"),
+        base="mistral",
+    ),
+    Case(
         "sliding layers without a window",
         config({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": None}),
         ("layer_types names sliding layers", "sliding_window is null"),
@@ -401,6 +413,12 @@ CONFIG_VALUES = [
         "chosen experts that there are not",
         config({"num_experts_per_tok": 4}),
         ("num_experts_per_tok 4", "num_local_experts 3"),
+        base="llama4_text",
+    ),
+    Case(
+        "chunks without a length",
+        config({"attention_chunk_size": None}),
+        ("attention_chunk_size is null", "chunked_attention", "layer_types"),
         base="llama4_text",
     ),
     Case(

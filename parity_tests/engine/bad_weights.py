@@ -36,6 +36,7 @@ from parity_tests.engine.damage import (
 
 ROUTER = "model.layers.1.mlp.gate.weight"
 STACKED = "model.layers.1.feed_forward.experts.gate_up_proj"
+LLAMA4_ROUTER = "model.layers.1.feed_forward.router.weight"
 SHARED = "model.layers.1.feed_forward.shared_expert.up_proj.weight"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 NORM, HEAD, GATE = "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.gate_proj.weight"
@@ -184,6 +185,27 @@ TENSORS = [
         "experts fewer than the config's",
         tensors({STACKED: torch.ones(2, 24, 64)}),
         (STACKED, "[2, 24, 64]", "[3, 24, 64]"),
+        1,
+        "llama4_text",
+    ),
+    Case(
+        "router of fewer experts than there are",
+        tensors({LLAMA4_ROUTER: torch.ones(2, 24)}),
+        (LLAMA4_ROUTER, "[2, 24]", "[3, 24]"),
+        1,
+        "llama4_text",
+    ),
+    Case(
+        "stacked experts missing",
+        tensors({STACKED: GONE}),
+        ("1 missing", STACKED),
+        1,
+        "llama4_text",
+    ),
+    Case(
+        "sparse layer said to be dense, experts stacked",
+        config({"moe_layers": []}),
+        ("3 missing: model.layers.1.feed_forward.gate_proj.weight", "unexpected", "experts"),
         1,
         "llama4_text",
     ),

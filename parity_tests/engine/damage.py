@@ -91,6 +91,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "cohere2": {"model_type": "cohere2", **_SIZES, "sliding_window": 8, "attention_bias": True},
     "smollm3": {"model_type": "smollm3", **_SIZES},
+    "mistral": {"model_type": "mistral", **_SIZES, "sliding_window": 8},
     "gemma3n_text": {
         "model_type": "gemma3n_text",
         **_SIZES,

@@ -20,6 +20,18 @@ from portkit.loading import draw, load, materialize, open_checkpoint
 from portkit.parity.reference import load_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EXPORTED = [
+    "llama3",
+    "llama tied with biases",
+    "qwen3",
+    "gemma3",
+    "qwen3 moe by turns",
+    "llama4 crowded",
+    "cohere2 with biases",
+    "gemma3n",
+    "smollm3 sliding",
+    "mistral without a window",
+]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -39,13 +51,15 @@ def same_bytes(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["llama3", "llama tied with biases", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", EXPORTED)
 def test_an_export_is_byte_equal_and_the_reference_loads_it(
     name: str, dtype: torch.dtype, tiny_checkpoint: CheckpointMaker, tmp_path: Path
 ) -> None:
     source = tiny_checkpoint(name, dtype)
     target = export(load(source), tmp_path / "out")
-    assert same_bytes(tensors_of(target), tensors_of(source))
+    exported = tensors_of(target)
+    assert same_bytes(exported, tensors_of(source))
+    assert any(".experts." in one for one in exported) == ("moe" in name or "llama4" in name)
     assert json.loads((target / "config.json").read_text()) == json.loads(
         (source / "config.json").read_text()
     )

@@ -33,6 +33,7 @@ from portkit.parity.sites import PortSide, SiteTable
 
 MAKE_CHECKPOINT = Path(__file__).resolve().parents[2] / "tools" / "make_checkpoint.py"
 KERNELS = ["sdpa", "eager"]
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,17 @@ RELEASED = {
     "Qwen3 0.6B": Released("Qwen__Qwen3-0.6B", 4),
     # A single layer, and of its 128 experts as many as take a gigabyte in float64.
     "Qwen3 30B-A3B": Released("Qwen__Qwen3-30B-A3B", 1, {"num_experts": 16, "vocab_size": 8191}),
+    # A layer that rotates and attends within chunks, and one without positions.
     "Llama 4 Scout": Released(
         "meta-llama__Llama-4-Scout-17B-16E-Instruct",
-        1,
-        {
+        changed={
+            "num_hidden_layers": 2,
+            "no_rope_layers": [1, 0],
             "num_local_experts": 2,
             "vocab_size": 4093,
             "pad_token_id": None,
             "attention_chunk_size": 128,
+            "floor_scale": 32,
         },
     ),
     "Llama 3.2 1B": Released("meta-llama__Llama-3.2-1B-Instruct", 2),
@@ -65,9 +69,37 @@ RELEASED = {
         "CohereLabs__c4ai-command-r7b-12-2024.derived",
         changed={
             "num_hidden_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"],
+            "layer_types": [SLIDING, FULL],
             "sliding_window": 128,
             "vocab_size": 4093,
+        },
+    ),
+    # Sparse and dense feed-forwards, of either kind of attention, and layers that share keys.
+    "Gemma 3n E2B": Released(
+        "google__gemma-3n-E2B-it.text.derived",
+        changed={
+            "num_hidden_layers": 5,
+            "intermediate_size": [8192] * 5,
+            "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
+            "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0],
+            "num_kv_shared_layers": 2,
+            "sliding_window": 128,
+            "vocab_size": 4093,
+            "vocab_size_per_layer_input": 4001,
+        },
+    ),
+    "Mistral 7B": Released(
+        "mistralai__Mistral-7B-v0.1", 1, {"sliding_window": 128, "vocab_size": 4093}
+    ),
+    # A layer that rotates, and one without positions.
+    "SmolLM3 3B": Released(
+        "HuggingFaceTB__SmolLM3-3B",
+        changed={
+            "num_hidden_layers": 2,
+            "layer_types": [FULL, FULL],
+            "no_rope_layers": [1, 0],
+            "vocab_size": 4093,
+            "pad_token_id": None,
         },
     ),
 }

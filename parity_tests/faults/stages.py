@@ -12,7 +12,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from parity_tests.checkpoints import LLAMA3_ROPE, YARN, Tiny, gemma3, llama, qwen3
+from parity_tests.checkpoints import (
+    LLAMA3_ROPE,
+    YARN,
+    Tiny,
+    cohere2,
+    gemma3,
+    gemma3n,
+    llama,
+    llama4,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from parity_tests.faults.planted import PLANTINGS
 from parity_tests.faults.planted.planting import Model, Planting
 from portkit.loading import draw, open_checkpoint
@@ -20,6 +32,14 @@ from portkit.loading import draw, open_checkpoint
 _SHALLOW = {"num_hidden_layers": 2}
 _SQUARE = {**_SHALLOW, "num_attention_heads": 8, "num_key_value_heads": 8}
 _SLIDING = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+_NO_ROPE = {"no_rope_layers": [1, 0]}
+_FOUR = {
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "num_kv_shared_layers": 1,
+    "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+    "activation_sparsity_pattern": [0.9, 0.0, 0.6, 0.0],
+}
 _LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
@@ -58,10 +78,62 @@ OWN: dict[str, Tiny] = {
     "gemma3 linear": gemma3(**_SHALLOW, **_global_rope(**_LINEAR), sliding_window_pattern=2),
     "gemma3 yarn": gemma3(**_SHALLOW, **_global_rope(**YARN), sliding_window_pattern=2),
     "gemma3 deep": gemma3(num_hidden_layers=12),
+    "qwen3_moe": qwen3_moe(**_SHALLOW, mlp_only_layers=[0], norm_topk_prob=True, rope_theta=1e6),
+    "qwen3_moe sliding": qwen3_moe(
+        **_SHALLOW,
+        use_sliding_window=True,
+        sliding_window=24,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_moe square": qwen3_moe(**_SQUARE, moe_intermediate_size=320, rope_scaling=YARN),
+    "qwen3_moe deep": qwen3_moe(num_hidden_layers=12),
+    "llama4": llama4(
+        **_SHALLOW,
+        **_NO_ROPE,
+        moe_layers=[1],
+        use_qk_norm=False,
+        rope_parameters={**LLAMA3_ROPE, "rope_theta": 500000.0},
+    ),
+    "llama4 normed": llama4(**_SHALLOW, **_NO_ROPE, tie_word_embeddings=True, attention_bias=True),
+    "llama4 square": llama4(**_SQUARE, intermediate_size=160, num_experts_per_tok=2),
+    "llama4 deep": llama4(num_hidden_layers=12, use_qk_norm=False),
+    "cohere2": cohere2(**_SHALLOW, layer_types=["sliding_attention", "full_attention"]),
+    "cohere2 square": cohere2(
+        **_SQUARE,
+        layer_types=["sliding_attention", "full_attention"],
+        attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "cohere2 deep": cohere2(num_hidden_layers=12),
+    "gemma3n": gemma3n(**_FOUR),
+    "gemma3n biased": gemma3n(**_FOUR, attention_bias=True, tie_word_embeddings=False),
+    "gemma3n deep": gemma3n(),
+    "smollm3": smollm3(**_SHALLOW, no_rope_layers=[1, 0]),
+    "smollm3 sliding": smollm3(
+        **_SHALLOW,
+        no_rope_layers=[1, 0],
+        use_sliding_window=True,
+        sliding_window=24,
+        tie_word_embeddings=False,
+        attention_bias=True,
+    ),
+    "smollm3 square": smollm3(**_SQUARE, head_dim=40, no_rope_layers=[1, 0]),
+    "smollm3 linear": smollm3(**_SHALLOW, rope_scaling=_LINEAR, no_rope_layers=[1, 0]),
+    "smollm3 deep": smollm3(),
 }
 FAMILIES: dict[str, tuple[str, ...]] = {
     family: tuple(name for name in OWN if name.partition(" ")[0] == family)
-    for family in ("llama", "qwen3", "gemma3")
+    for family in (
+        "llama",
+        "qwen3",
+        "gemma3",
+        "qwen3_moe",
+        "llama4",
+        "cohere2",
+        "gemma3n",
+        "smollm3",
+    )
 }
 DTYPES = ("float32", "bfloat16")
 

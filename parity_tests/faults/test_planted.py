@@ -36,6 +36,10 @@ SAMPLE = (
     ("cache.stale_after_chunk", "gemma3", "bfloat16", "glue"),
     ("cache.padded_positions", "llama", "bfloat16", "function"),
     ("precision.residual_upcast", "qwen3", "bfloat16", None),
+    ("loader.experts_order", "qwen3_moe", "bfloat16", "function"),
+    ("experts.weights_on_output", "llama4", "bfloat16", "glue"),
+    ("residual.sequential", "cohere2", "bfloat16", "glue"),
+    ("head.logit_scale_inverted", "cohere2", "float32", "glue"),
 )
 EVERY_LAYER_BUT_ONE = {"head.last_layer_missing"}
 
@@ -81,10 +85,10 @@ def test_a_sample_is_caught_placed_and_named(
 
 
 def check_named(stage: Stage, found: Finding) -> None:
-    """The cause that is told first is the fault; what rounds better has none."""
+    """The cause that is told first is the fault, of what rounds better too."""
     assert found.first is not None
     cause = found.comparison.causes.get(found.first.site)
-    if found.first.verdict is Verdict.diverged and stage.planting.name not in NOT_NAMED:
+    if stage.planting.name not in NOT_NAMED:
         assert cause is not None
         assert cause.name == stage.planting.fault
         assert cause.explains > 0.9
@@ -121,7 +125,9 @@ def test_every_fault_is_planted_somewhere_or_nowhere_for_a_reason(judging: Judgi
     assert {one.planting for one in found} | {one.planting for one in impossible} == {*PLANTINGS}
     nowhere = Counter(one.planting.fault for one in impossible)
     variants = Counter(one.fault for one in PLANTINGS)
-    assert {fault for fault, count in nowhere.items() if count == 3 * variants[fault]} == {
+    assert {
+        fault for fault, count in nowhere.items() if count == len(FAMILIES) * variants[fault]
+    } == {
         "mlp.gelu_tanh",
         "attention.softmax_in_dtype",
     }
@@ -131,7 +137,7 @@ def test_every_fault_is_planted_somewhere_or_nowhere_for_a_reason(judging: Judgi
     assert reasons["mlp.gelu_tanh", "gemma3"] == "the feed-forward is not gated by gelu"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "llama4"])
 def test_what_is_called_harmless_changes_no_bit(family: str, judging: Judging) -> None:
     (harmless,) = (one for one in PLANTINGS if one.harmless)
     stage = Stage(harmless, family, next(iter(FAMILIES[family])), "bfloat16")

@@ -107,10 +107,11 @@ def write_checkpoint(
     is to its embedding, and two such texts are equal whatever the loop does. Strong projections and
     a final norm of random signs undo that.
     """
-    tiny = replace(TINY[name], config={**TINY[name].config, **SMALL[name]})
+    tiny = replace(TINY[name], config={**TINY[name].config, **SMALL.get(name, {})})
     save_tiny(tiny, directory, torch.float32)
     tensors = load_file(directory / "model.safetensors")
-    tensors["model.norm.weight"] = torch.randn(320) * 2 - (1 if name == "gemma3" else 0)
+    signs = torch.randn(tensors["model.norm.weight"].shape) * 2
+    tensors["model.norm.weight"] = signs - (1 if name == "gemma3" else 0)
     lively = {key: tensor * (5 if "proj" in key else 1) for key, tensor in tensors.items()}
     stored = {key: tensor.to(dtype) for key, tensor in lively.items()}
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})

@@ -88,6 +88,53 @@ def test_experts_that_rounding_further_up_exchanged_are_not_held_against_the_por
     assert not result.accounts["model.layers.2.mlp#experts"].unequal
 
 
+SIGMOIDS = "model.layers.1.feed_forward"
+
+
+def sigmoid_routing(logits: Tensor) -> Routing:
+    chosen, experts = logits.topk(NUM_CHOICES, dim=-1)
+    kept = torch.full_like(logits, -torch.inf).scatter(-1, experts, chosen)
+    return Routing(logits, torch.sigmoid(kept.float()).to(logits).gather(-1, experts), experts)
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_router_of_sigmoids_is_judged_by_itself(
+    is_wrong: bool, tiny_checkpoint: CheckpointMaker
+) -> None:
+    """Another choice by rounding is rounding, and its experts are not mistaken for wrong ones; by
+    its own logits it is wrong, and that is told of the choice."""
+    folder = tiny_checkpoint("llama4 crowded", torch.float32)
+    loaded, reference = load(folder), load_reference(folder, torch.float32)
+    ours: Any = loaded.model.get_submodule(f"{SIGMOIDS}.router")
+    theirs = reference.module_sites()[f"{SIGMOIDS}.router"].weight
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        noise = torch.randn(ours.weight.shape[1], generator=generator)
+        near = ours.weight[2] * (1 + noise * torch.finfo(torch.float32).eps)
+        for weight in (ours.weight, theirs):
+            weight[5] = near
+    order = torch.randperm(ours.weight.shape[1], generator=generator)
+
+    def reordered(_: Any, x: Tensor) -> Routing:
+        return sigmoid_routing(F.linear(x[:, order], ours.weight[:, order]))
+
+    def shifted(_: Any, x: Tensor) -> Routing:
+        logits = F.linear(x, ours.weight)
+        return Routing(logits, *sigmoid_routing(logits.roll(1, -1))[1:])
+
+    replace_forward(ours, shifted if is_wrong else reordered)
+    result = held_against(loaded, reference)
+    not_exact = {one.site for one in result.judgements if one.verdict is not Verdict.exact}
+    choice = f"{SIGMOIDS}#experts"
+    assert not_exact == {choice} | (set() if is_wrong else {f"{SIGMOIDS}.router"})
+    largest = max(one.max_difference for one in result.accounts[choice].unequal)
+    assert largest > 0.05, "no expert was exchanged"
+    if is_wrong:
+        assert [(one.site, one.kind) for one in result.culprits] == [(choice, "function")]
+    else:
+        assert result.verdict is Verdict.rounding, result.culprits[:3]
+
+
 def _not_normalised(mlp: Any) -> None:
     def forward(_: Any, x: Tensor) -> Routing:
         logits = F.linear(x, mlp.gate.weight)

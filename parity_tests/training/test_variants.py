@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from parity_tests.checkpoints import TINY
 from parity_tests.training.conftest import recipe
 from portkit.config import ConfigReader
 from portkit.errors import InvalidConfig
@@ -20,6 +21,13 @@ from portkit.training.run import Inputs, train
 
 SIZES = {"1m": 1e6, "5m": 5e6, "15m": 15e6, "30m": 30e6}
 FAMILIES = ("gemma3", "llama", "qwen3")
+SMALLEST = ("cohere2-1m", "qwen3_moe-1m", "smollm3-1m")
+"""Of these families there is one, to begin with."""
+BY_CONFIG = {
+    "gemma3n plain": "gemma3n_text",
+    "llama4 scout": "llama4_text",
+    "mistral": "mistral",
+}
 
 
 def num_parameters(name: str) -> int:
@@ -34,13 +42,14 @@ def num_parameters(name: str) -> int:
 
 def test_every_family_comes_in_every_size() -> None:
     expected = {f"{family}-{size}" for family in FAMILIES for size in SIZES}
-    assert set(variants()) == expected | {"gemma3-270m"}
+    assert set(variants()) == expected | {"gemma3-270m"} | set(SMALLEST)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("size", SIZES)
-def test_a_variant_is_as_large_as_it_says(family: str, size: str) -> None:
-    assert num_parameters(f"{family}-{size}") == pytest.approx(SIZES[size], rel=0.06)
+@pytest.mark.parametrize(
+    "name", [*(f"{family}-{size}" for family in FAMILIES for size in SIZES), *SMALLEST]
+)
+def test_a_variant_is_as_large_as_it_says(name: str) -> None:
+    assert num_parameters(name) == pytest.approx(SIZES[name.rpartition("-")[2]], rel=0.06)
 
 
 def test_the_real_shape_is_the_released_one(data_folder: Path) -> None:
@@ -73,7 +82,7 @@ def test_first_weights() -> None:
 
 
 def test_an_unknown_variant_lists_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfig, match=r"nor a variant: there are gemma3-15m, .*qwen3-5m"):
+    with pytest.raises(InvalidConfig, match=r"nor a variant: there are cohere2-1m, .*smollm3-1m"):
         read_variant("gpt5")
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(InvalidConfig, match="is not a JSON object"):
@@ -83,12 +92,22 @@ def test_an_unknown_variant_lists_those_there_are(tmp_path: Path) -> None:
         read_variant(str(tmp_path))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", [*(f"{family}-1m" for family in FAMILIES), *SMALLEST])
 def test_each_family_trains_and_the_reference_reads_it(
-    family: str, inputs: Inputs, tmp_path: Path
+    variant: str, inputs: Inputs, tmp_path: Path
 ) -> None:
-    inputs = replace(inputs, config=f"{family}-1m")
-    model = train(inputs, recipe(steps=2, warmup_steps=0), tmp_path / "run").model
+    assert_what_is_trained_is_the_references(replace(inputs, config=variant), tmp_path)
+
+
+@pytest.mark.parametrize("name", BY_CONFIG)
+def test_so_does_one_without_a_variant(name: str, inputs: Inputs, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": BY_CONFIG[name], **TINY[name].config}))
+    assert_what_is_trained_is_the_references(replace(inputs, config=str(config)), tmp_path)
+
+
+def assert_what_is_trained_is_the_references(inputs: Inputs, folder: Path) -> None:
+    model = train(inputs, recipe(steps=2, warmup_steps=0), folder / "run").model
     ids = torch.arange(30)[None]
     with torch.no_grad():
         ours = load(model, device="cpu").model(ids)

@@ -7,7 +7,6 @@ which is the reference bit for bit, is asked for those logits. Knows models and 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from portkit.architecture import CausalLM
 from portkit.bench.engines import EAGER, EXACT, FAST, KERNELS, READABLE, runner_of
+from portkit.bench.true_logits import true_logits
 from portkit.decoding.device_session import DeviceSession
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages, default_folder
@@ -70,8 +70,7 @@ def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dic
     ids = ids.to(device)
     prompts, forced = [ids[:_JUDGED_PROMPT].tolist()], ids[_JUDGED_PROMPT:]
     room = _JUDGED_STEPS + 1
-    with torch.inference_mode():
-        truth = copy.deepcopy(model).double()(ids[None])[0, _JUDGED_PROMPT - 1 :]
+    truth = true_logits(model, ids[None], _JUDGED_PROMPT - 1)[0]
     readable = _logits(ReadableBatch(model, prompts, room), forced)
     floor = _distance(readable, truth)
     found = {}

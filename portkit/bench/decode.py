@@ -6,10 +6,11 @@ Knows how rounds are arranged and what a row of the result is; how an engine run
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,7 @@ import torch
 
 from portkit.architecture import CausalLM
 from portkit.bench.agreement import Agreement, compare_tokens, judge_paths
-from portkit.bench.engines import LLAMA_CPP
+from portkit.bench.engines import EXACT, FAST, LLAMA_CPP
 from portkit.errors import BenchError
 from portkit.gguf import write_gguf
 from portkit.loading import load
@@ -111,23 +112,26 @@ class Worker:
 
     def run(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> dict[str, Any]:
         assert self._process.stdin is not None
-        print(
-            json.dumps({"prompts": prompts, "num_tokens": num_tokens}),
-            file=self._process.stdin,
-            flush=True,
-        )
+        request = json.dumps({"prompts": prompts, "num_tokens": num_tokens})
+        with suppress(BrokenPipeError):  # then its last words are to be read
+            print(request, file=self._process.stdin, flush=True)
         return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         line = self._process.stdout.readline()
-        if not line:
-            said = self._process.stderr.read().strip().splitlines()
-            reason = said[-1] if said else "it said nothing"
-            raise BenchError(f"{self._engine} cannot be measured: {reason}")
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in answer:
+            raise BenchError(f"{self._engine} cannot be measured: {answer['error']}")
         return answer
+
+    def _last_words(self) -> str:
+        assert self._process.stderr is not None
+        said = self._process.stderr.read().strip().splitlines()
+        if self._process.wait() == -signal.SIGKILL:
+            return "it was killed, as is done where memory runs out: take smaller batches"
+        return said[-1] if said else "it said nothing"
 
     def close(self) -> None:
         """End the process."""
@@ -172,7 +176,7 @@ def measure(plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Row]
 def num_runs(plan: Plan) -> int:
     """How often `measure` advances."""
     return sum(
-        (plan.rounds + 1) * len(_taking_part(plan.engines, batch))
+        (plan.rounds + 1) * len(_taking_part(plan, batch))
         for _ in plan.contexts
         for batch in plan.batches
     )
@@ -191,7 +195,7 @@ class _Cell:
     ) -> None:
         self._plan, self._context, self._batch = plan, context, batch
         self._prompts = prompts_of(plan.vocab_size, context, batch)
-        engines = _taking_part(plan.engines, batch)
+        engines = _taking_part(plan, batch)
         self._answers: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
         for number in range(plan.rounds + 1):
             for engine in engines:
@@ -222,9 +226,10 @@ class _Cell:
         ]
 
 
-def _taking_part(engines: Sequence[str], batch: int) -> list[str]:
-    """llama.cpp's package continues one sequence at a time."""
-    return [engine for engine in engines if batch == 1 or engine != LLAMA_CPP]
+def _taking_part(plan: Plan, batch: int) -> list[str]:
+    """On a CPU a single row alone is compiled or has an exact head; llama.cpp continues one."""
+    alone = (FAST, EXACT, LLAMA_CPP) if plan.device == "cpu" else (LLAMA_CPP,)
+    return [one for one in plan.engines if batch == 1 or one not in alone]
 
 
 def prompts_of(vocab_size: int, context: int, batch: int) -> list[list[int]]:

@@ -7,23 +7,36 @@ models and caches, and no engine.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from portkit.architecture import CausalLM
+from portkit.decoding.memory import Arena
 
 _READ_BYTES = 512 * 1024 * 1024
 _REPEATS = 12
+_ROW = 4096
 
 
 def bandwidth() -> float:
-    """Bytes per second of the best of several reads of 512 MB, with torch's current threads."""
-    memory = torch.ones(_READ_BYTES // 4)
+    """Bytes per second of the best of several reads of 512 MB, with torch's current threads.
+
+    Of memory that streams as well as what weights are placed in, by different kernels: none is the
+    fastest everywhere.
+    """
+    memory = Arena(_READ_BYTES).empty((_READ_BYTES // 4 // _ROW, _ROW), torch.float32).fill_(1)
+    vector, (front, back) = torch.ones(_ROW), memory.view(2, -1)
+    reads: tuple[Callable[[], object], ...] = (
+        lambda: torch.amax(memory),
+        lambda: torch.mv(memory, vector),
+        lambda: torch.dot(front, back),
+    )
     best = float("inf")
     for _ in range(_REPEATS):
-        for read in (torch.sum, torch.amax):
+        for read in reads:
             started = time.perf_counter()
-            read(memory)
+            read()
             best = min(best, time.perf_counter() - started)
     return _READ_BYTES / best
 

@@ -12,10 +12,21 @@ import json
 import resource
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
+
+from portkit.errors import PortkitError
 
 
 def main(options: dict[str, Any]) -> None:
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is no answer
+    try:
+        _serve(options, answers)
+    except PortkitError as error:
+        _answer(answers, {"error": str(error)})
+
+
+def _serve(options: dict[str, Any], answers: TextIO) -> None:
     started = time.perf_counter()
     import torch
 
@@ -23,8 +34,6 @@ def main(options: dict[str, Any]) -> None:
 
     torch.set_num_threads(options["threads"])
     engine = _engine(options)
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # what libraries print is no answer
     _answer(answers, {"load_s": time.perf_counter() - started})
     for line in sys.stdin:
         request = json.loads(line)
@@ -53,7 +62,7 @@ def _engine(options: dict[str, Any]) -> Any:
     return kind(options["repo"], options["dtype"], name, options["device"])
 
 
-def _answer(answers: Any, fields: dict[str, Any]) -> None:
+def _answer(answers: TextIO, fields: dict[str, Any]) -> None:
     print(json.dumps(fields), file=answers, flush=True)
 
 

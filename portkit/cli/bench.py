@@ -78,7 +78,10 @@ def decode(
     plot: Plot = None,
     json: options.Json = False,
 ) -> None:
-    """Time a token behind contexts of several lengths, in batches of several sizes."""
+    """Time a token behind contexts of several lengths, in batches of several sizes.
+
+    Compiled regions, the exact head and llama.cpp continue single rows: batches are without them.
+    """
     _check_plot(plot)
     found = _plan(repo, dtype, threads, against or [], gguf) | {"device": _device(device)}
     if found["device"] == "cuda":

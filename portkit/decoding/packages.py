@@ -43,8 +43,9 @@ class Packages:
         self._loaded: dict[Path, Function] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._given_up = False
+        self._started: float | None = None
         self.compile_s = 0.0
-        """How long the process that compiled ran; 0 where all was there already."""
+        """How long it took until what was asked for was there; 0 where it was there already."""
 
     def find(self, recipes: Sequence[Recipe]) -> list[Function] | None:
         """The recipes' functions, or None if any is not there yet: then it is being made."""
@@ -54,6 +55,7 @@ class Packages:
         if missing:
             self._make(missing)
             return None
+        self._stop_clock()
         try:
             for path in by_path.keys() - self._loaded.keys():
                 loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
@@ -88,11 +90,16 @@ class Packages:
         code = self._process.poll()
         if code is None:
             return
-        self.compile_s += time.perf_counter() - self._started
+        self._stop_clock()
         self._process = None
         if code != 0:
             log = self._folder / "compiler.log"
             self._give_up(f"the compiler failed (exit code {code}; its words are in {log})")
+
+    def _stop_clock(self) -> None:
+        if self._started is not None:
+            self.compile_s += time.perf_counter() - self._started
+            self._started = None
 
     def _start(self, missing: list[tuple[Recipe, Path]]) -> None:
         if not has_compiler():

@@ -16,6 +16,7 @@ from portkit.decoding.bound import Bound
 from portkit.decoding.caches import StaticCache
 from portkit.decoding.compiler import Recipe, recipe
 from portkit.decoding.head import ExactHead, bounds_recipe
+from portkit.decoding.likeliest import likeliest
 from portkit.decoding.lowering import INPUT_IDS, Kept, Value
 from portkit.decoding.memory import check_memory
 from portkit.decoding.packages import Function
@@ -110,10 +111,10 @@ class Session:
     def greedy(self, tokens: Tensor) -> Tensor:
         """The likeliest tokens (batch, 1) after one more (batch,); -1 where logits are NaN."""
         ids, logits = self._largest_of(tokens)
-        found = logits.float().argmax(-1)
-        damaged = logits.isnan().any(-1)
-        found = found if ids is None else ids[found][None]
-        return found.masked_fill(damaged, -1).view(-1, 1)
+        if ids is None:
+            return likeliest(logits)[:, None]
+        found = ids[logits.float().argmax()]
+        return found.masked_fill(logits.isnan().any(), -1).view(1, 1)
 
     def _largest_of(self, tokens: Tensor) -> tuple[Tensor | None, Tensor]:
         """Ids and logits (kept,) of the one row, or None and all logits (batch, vocab)."""

@@ -6,6 +6,8 @@ which a layer runs on one, the active. LAuReL: Menghani et al. 2024, arXiv:2411.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -69,12 +71,27 @@ class Laurel(nn.Module):
         return x + branch
 
 
-def magnitude_of(x: Tensor) -> Tensor:
+def spread(embedded: Tensor, projections: Iterable[nn.Module]) -> Tensor:
+    """The streams that layers begin with, (streams, batch, tokens, size): what is embedded, and a
+    projection of it for each of the others, made of its size."""
+    size = _magnitude(embedded)
+    return torch.stack((embedded, *(_scaled_to(each(embedded), size) for each in projections)))
+
+
+def gathered(streams: Tensor, projections: Iterable[nn.Module]) -> Tensor:
+    """The mean of the streams, the later ones projected back and made of the first one's size."""
+    first, *others = streams
+    size = _magnitude(first)
+    back = [_scaled_to(each(one), size) for each, one in zip(projections, others, strict=True)]
+    return torch.stack((first, *back)).mean(0)
+
+
+def _magnitude(x: Tensor) -> Tensor:
     """Each token's root mean square, (…, 1)."""
     return torch.mean(x**2, dim=-1, keepdim=True) ** 0.5
 
 
-def scaled_to(x: Tensor, magnitude: Tensor) -> Tensor:
+def _scaled_to(x: Tensor, magnitude: Tensor) -> Tensor:
     """`x`, (…, size), each token's root mean square made `magnitude`, (…, 1)."""
     own = torch.mean(x**2, dim=-1, keepdim=True).clamp(min=1e-5)
     return x * magnitude / torch.sqrt(own)

@@ -92,6 +92,10 @@ class ConfigMoves:
         for move in to_move:
             self._fields.setdefault(move.field, [])
             self._begin(move, model, move.top in while_built)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Have the recording stand in for whatever no open twin moves."""
         run = {name for twin in self._open for name in twin.otherwise}
         stand_in(self._base, run, self._table, self._shelf)
 
@@ -152,6 +156,7 @@ class ConfigMoves:
         with self._asking([twin.move for twin in self._open]):
             self._run(self._base, one, self._caches, trace, note)
         self._shelf.put(expected, one.input_ids)
+        before = len(self._open)
         for twin in list(self._open):
             if not twin.otherwise and twin.move.top not in self._noting.read:
                 continue
@@ -159,6 +164,8 @@ class ConfigMoves:
             if by is not None:
                 self._tell(twin.move, True, f"{by} in {one.name}", twin.neighbour)
                 self._open.remove(twin)
+        if len(self._open) < before:
+            self._settle()
         self._shelf.put({}, one.input_ids)
 
     def _told_apart(self, twin: _Twin, one: Pass, trace: Trace, expected: Trace) -> str | None:

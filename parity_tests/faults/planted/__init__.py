@@ -3,6 +3,7 @@
 from parity_tests.faults.planted import (
     attention,
     cache,
+    experts,
     head,
     loader,
     mlp,
@@ -10,14 +11,19 @@ from parity_tests.faults.planted import (
     precision,
     residual,
     rope,
+    streams,
+    unplaced,
 )
 
 PLANTINGS = (
     *loader.PLANTINGS,
     *rope.PLANTINGS,
     *attention.PLANTINGS,
+    *unplaced.PLANTINGS,
     *norms.PLANTINGS,
     *mlp.PLANTINGS,
+    *experts.PLANTINGS,
+    *streams.PLANTINGS,
     *residual.PLANTINGS,
     *head.PLANTINGS,
     *cache.PLANTINGS,

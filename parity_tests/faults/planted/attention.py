@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parity_tests.faults.planted.attention_forward import Heads, Kernel, Turn, normed, rewrite
+from parity_tests.faults.planted.attention_forward import (
+    Heads,
+    Kernel,
+    Turn,
+    as_it_should_be,
+    before_rotation,
+    normed,
+    rewrite,
+    turned,
+)
 from parity_tests.faults.planted.planting import (
     BOTH_KINDS,
     GROUPED,
@@ -16,20 +25,31 @@ from parity_tests.faults.planted.planting import (
     LOW,
     NORMS_OF_HEADS,
     OTHER_SCALE,
+    SCALED_SCORES,
     SLIDING,
     Model,
+    Need,
     Planting,
     attentions,
     first,
     replace_forward,
     respell,
+    rotating,
+    tables,
     windows,
 )
 from portkit.nn.attention import visible_keys
-from portkit.nn.cache import FullCache, SlidingCache
-from portkit.nn.rope import rotate
+from portkit.nn.cache import ChunkedCache, FullCache, SlidingCache
 
 Plant = Callable[[Model], str]
+HEAD_NORMS = ("q_norm", "k_norm", "v_norm")
+NORM_OF_VALUES = Need(
+    "values are not normalised", lambda model: hasattr(attentions(model)[0], "v_norm")
+)
+OWN_KEYS = Need(
+    "a layer's type also says whose keys it shares",
+    lambda model: all(getattr(one, "has_own_kv", True) for one in attentions(model)),
+)
 
 
 def _scale(of: Callable[[Model, float], float]) -> Plant:
@@ -52,42 +72,40 @@ def _turns(turn: Turn, role: str = "query") -> Plant:
     def plant(model: Model) -> str:
         for attention in attentions(model):
             rewrite(attention, turn)
-        return f"model.layers.0.self_attn{role}"
+        layer = rotating(model)[0] if role == "#value" else 0
+        return f"model.layers.{layer}.self_attn{role}"
 
     return plant
 
 
 def _scaled_query(attention: Any, heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
     """By hand, before a kernel that scales by itself."""
-    query, key, value = heads
-    query, key = normed(attention, "q_norm", query), normed(attention, "k_norm", key)
-    return rotate(query, cos, sin) * attention.attend.scale, rotate(key, cos, sin), value
+    query, key, value = as_it_should_be(attention, heads, cos, sin)
+    return query * attention.attend.scale, key, value
 
 
 def _norm_after_rotation(attention: Any, heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
     query, key, value = heads
-    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    return normed(attention, "q_norm", query), normed(attention, "k_norm", key), value
+    query, key = turned(attention, query, cos, sin), turned(attention, key, cos, sin)
+    return before_rotation(attention, (query, key, value))
 
 
 def _value_rotated(attention: Any, heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
-    query, key, value = heads
-    query, key = normed(attention, "q_norm", query), normed(attention, "k_norm", key)
-    return rotate(query, cos, sin), rotate(key, cos, sin), rotate(value, cos, sin)
+    query, key, value = as_it_should_be(attention, heads, cos, sin)
+    return query, key, turned(attention, value, cos, sin)
 
 
-def _without(name: str) -> Plant:
+def _without(left_out: str) -> Plant:
     """A norm of heads that nobody calls."""
 
     def turn(attention: Any, heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
-        query, key, value = heads
-        if name != "q_norm":
-            query = normed(attention, "q_norm", query)
-        if name != "k_norm":
-            key = normed(attention, "k_norm", key)
-        return rotate(query, cos, sin), rotate(key, cos, sin), value
+        query, key, value = (
+            one if name == left_out else normed(attention, name, one)
+            for name, one in zip(HEAD_NORMS, heads, strict=True)
+        )
+        return turned(attention, query, cos, sin), turned(attention, key, cos, sin), value
 
-    return _turns(turn, f".{name}:in")
+    return _turns(turn, f".{left_out}:in")
 
 
 def qk_norms_swapped(model: Model) -> str:
@@ -100,8 +118,10 @@ def qk_norms_swapped(model: Model) -> str:
 def slide(model: Model, new: list[int | None]) -> None:
     """Have the layers mask, and keep, other windows; those of one type alike."""
     decoder, own = model.model, model.new_cache
-    if isinstance(decoder.windows, dict):
-        decoder.windows = dict(zip(decoder.layer_types, new, strict=True))
+    if hasattr(decoder, "window"):
+        decoder.window = new[0]
+    elif isinstance(decoder.windows, dict):
+        decoder.windows = dict(zip(types(model), new, strict=False))
     else:
         decoder.windows = tuple(new)
 
@@ -143,7 +163,13 @@ def window_pattern_shifted(model: Model) -> str:
     decoder.layer_types = (kinds[-1], *kinds[:-1])
     slide(model, [before[-1], *before[:-1]])
     moved = first([a != b for a, b in zip(kinds, decoder.layer_types, strict=True)], True)
-    return f"model.layers.{moved}:in.cos"
+    return f"model.layers.{moved}{':in.cos' if len(tables(model)) > 1 else '.self_attn#mask'}"
+
+
+def types(model: Model) -> Sequence[str]:
+    """The layers' types, of a model whose windows are by type."""
+    found: Sequence[str] = getattr(model.model, "layer_types", model.config.layer_types)
+    return found
 
 
 def _diagonal(offset: int) -> Plant:
@@ -167,9 +193,15 @@ def _diagonal(offset: int) -> Plant:
 
     def plant(model: Model) -> str:
         respell(model.model, visible_keys=visible)
-        return "model.layers.0.self_attn#mask"
+        return f"model.layers.{_unchunked(model)}.self_attn#mask"
 
     return plant
+
+
+def _unchunked(model: Model) -> int:
+    """The first layer that does not attend within chunks, whose mask is made elsewhere."""
+    caches = model.new_cache(1, 1).layers
+    return first([type(one) is ChunkedCache for one in caches], False)
 
 
 def padding_ignored(model: Model) -> str:
@@ -177,7 +209,7 @@ def padding_ignored(model: Model) -> str:
         return visible_keys(num_queries, past, None, *rest)
 
     respell(model.model, visible_keys=visible)
-    return "model.layers.0.self_attn#mask"
+    return f"model.layers.{_unchunked(model)}.self_attn#mask"
 
 
 def gqa_order(model: Model) -> str:
@@ -195,17 +227,28 @@ def gqa_order(model: Model) -> str:
 
 
 PLANTINGS = (
-    Planting("attention.scale_missing", _scale(lambda _, __: 1.0)),
+    Planting("attention.scale_missing", _scale(lambda _, __: 1.0), (SCALED_SCORES,)),
     Planting(
         "attention.scale_of_head_dim",
         _scale(lambda model, _: model.config.head_dim**-0.5),
         (OTHER_SCALE,),
     ),
     Planting("attention.scale_of_hidden", _scale(_hidden_per_head), (HEADS_BESIDE_HIDDEN,)),
-    Planting("attention.scale_twice", _scale(lambda _, scale: scale**2), variant="in the kernel"),
-    Planting("attention.scale_twice", _turns(_scaled_query, "#query"), variant="of the query"),
+    Planting(
+        "attention.scale_twice",
+        _scale(lambda _, scale: scale**2),
+        (SCALED_SCORES,),
+        variant="in the kernel",
+    ),
+    Planting(
+        "attention.scale_twice",
+        _turns(_scaled_query, "#query"),
+        (SCALED_SCORES,),
+        variant="of the query",
+    ),
     Planting("attention.q_norm_missing", _without("q_norm"), (NORMS_OF_HEADS,)),
     Planting("attention.k_norm_missing", _without("k_norm"), (NORMS_OF_HEADS,)),
+    Planting("attention.v_norm_missing", _without("v_norm"), (NORM_OF_VALUES,)),
     Planting("attention.qk_norms_swapped", qk_norms_swapped, (NORMS_OF_HEADS,)),
     Planting(
         "attention.norm_after_rotation",
@@ -216,7 +259,7 @@ PLANTINGS = (
     Planting("attention.window_minus_one", _windows(lambda one, _: one and one - 1), (SLIDING,)),
     Planting("attention.window_ignored", _windows(lambda *_: None), (SLIDING,)),
     Planting("attention.window_everywhere", _windows(lambda _, window: window), (BOTH_KINDS,)),
-    Planting("attention.window_pattern_shifted", window_pattern_shifted, (BOTH_KINDS,)),
+    Planting("attention.window_pattern_shifted", window_pattern_shifted, (BOTH_KINDS, OWN_KEYS)),
     Planting("attention.causal_plus_one", _diagonal(1)),
     Planting("attention.causal_minus_one", _diagonal(-1)),
     Planting("attention.padding_ignored", padding_ignored),

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parity_tests.faults.planted.planting import Model, attentions
+from parity_tests.faults.planted.planting import (
+    Model,
+    attentions,
+    by_token,
+    named_as,
+    rotates,
+    rotation_of,
+)
+from portkit.nn import rope
 from portkit.nn.norms import UnitOffsetRMSNorm
-from portkit.nn.rope import rotate
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Query, key and value, each (batch, heads, tokens, head_dim)."""
@@ -23,21 +31,32 @@ Read = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | 
 
 
 def rewrite(attention: Any, turn: Turn, read: Read = lambda key, _, __, mask: (key, mask)) -> None:
-    """Have `attention` run this."""
+    """Have `attention` run this. A layer without keys of its own is left as it is."""
+    if not getattr(attention, "has_own_kv", True):
+        return
+    names = [*signature(attention.forward).parameters]
 
-    def forward(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+    def forward(*args: Any) -> Tensor:
+        given = dict(zip(names, args, strict=True))
+        x, mask, cache = given["x"], given["mask"], given["cache"]
+        cos, sin = given.get("position_embeddings") or (given["cos"], given["sin"])
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         by_head = (*x.shape[:2], -1, attention.head_dim)
         heads = tuple(project(x).view(by_head).transpose(1, 2) for project in projections)
         query, key, value = turn(attention, heads, cos, sin)
+        if getattr(attention, "is_tempered", False):
+            factors = attention.temperature(given["past"], x).transpose(0, 1)
+            query = (query * factors).to(x.dtype)
         if cache is not None:
             key, value = cache.update(key, value)
         key, mask = read(key, cos, sin, mask)
+        if "shared" in given:
+            given["shared"].update(key, value)
         context = attention.attend(query, key, value, mask)
         output: Tensor = attention.o_proj(context.flatten(2))
         return output
 
-    attention.forward = forward
+    attention.forward = named_as(attention.forward, forward)
 
 
 def normed(attention: Any, name: str, heads: Tensor) -> Tensor:
@@ -51,10 +70,35 @@ def normed(attention: Any, name: str, heads: Tensor) -> Tensor:
     return by_token.transpose(1, 2)
 
 
+def turned(attention: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotated as the family does it, in layers that rotate."""
+    if not rotates(attention):
+        return heads
+    rotate = getattr(rope, rotation_of(attention))
+    heads = heads.transpose(1, 2) if by_token(attention) else heads
+    rotated: Tensor = rotate(heads, cos, sin)
+    return rotated.transpose(1, 2) if by_token(attention) else rotated
+
+
 def as_it_should_be(attention: Any, heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
+    query, key, value = before_rotation(attention, heads)
+    query, key = turned(attention, query, cos, sin), turned(attention, key, cos, sin)
+    return behind_rotation(attention, (query, key, value))
+
+
+def before_rotation(attention: Any, heads: Heads) -> Heads:
+    """The norms of heads that a family has there."""
+    names = ("q_norm", "k_norm", "v_norm")
+    query, key, value = (normed(attention, *each) for each in zip(names, heads, strict=True))
+    return query, key, value
+
+
+def behind_rotation(attention: Any, heads: Heads) -> Heads:
+    """The norm that another family has behind it."""
     query, key, value = heads
-    query, key = normed(attention, "q_norm", query), normed(attention, "k_norm", key)
-    return rotate(query, cos, sin), rotate(key, cos, sin), value
+    if getattr(attention, "qk_norm", None) is None:
+        return heads
+    return normed(attention, "qk_norm", query), normed(attention, "qk_norm", key), value
 
 
 @dataclass(frozen=True)

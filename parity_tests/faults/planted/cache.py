@@ -11,20 +11,21 @@ from torch import Tensor
 from parity_tests.faults.planted.attention_forward import (
     Heads,
     as_it_should_be,
-    normed,
+    before_rotation,
     rewrite,
+    turned,
 )
 from parity_tests.faults.planted.planting import (
+    NO_NORM_BEHIND,
     SLIDING,
     Model,
     Planting,
     attentions,
-    layers,
+    first_rotated,
     tables,
     windows,
 )
 from portkit.nn.cache import FullCache, SlidingCache
-from portkit.nn.rope import rotate
 
 Count = Callable[[Tensor, int, Tensor | None], Tensor]
 """From positions, the number of tokens held and the padding to the positions that are taken."""
@@ -94,25 +95,25 @@ def keys_before_rotation(model: Model) -> str:
     """Cached as projected; what is read is rotated by the tables of the pass that reads."""
 
     def turn(attention: Any, heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
-        query, key, value = heads
-        query, key = normed(attention, "q_norm", query), normed(attention, "k_norm", key)
-        return rotate(query, cos, sin), key, value
-
-    def read(
-        key: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        past = key.shape[2] - cos.shape[1]
-        cos, sin = (torch.cat((one[:, :1].expand(-1, past, -1), one), 1) for one in (cos, sin))
-        return rotate(key, cos, sin), mask
+        query, key, value = before_rotation(attention, heads)
+        return turned(attention, query, cos, sin), key, value
 
     for attention in attentions(model):
+
+        def read(
+            key: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, attention: Any = attention
+        ) -> tuple[Tensor, Tensor | None]:
+            past = key.shape[2] - cos.shape[1]
+            cos, sin = (torch.cat((one[:, :1].expand(-1, past, -1), one), 1) for one in (cos, sin))
+            return turned(attention, key, cos, sin), mask
+
         rewrite(attention, turn, read)
-    return "model.layers.0.self_attn#key"
+    return first_rotated(model, "key")
 
 
 def stale_after_chunk(model: Model) -> str:
     """A layer forgets to store a chunk's newest key: the one before stands in its place."""
-    at, own = len(layers(model)) - 1, model.new_cache
+    at, own = len(model.new_cache(1, 1).layers) - 1, model.new_cache
 
     def new_cache(batch: int, length: int) -> Any:
         cache = own(batch, length)
@@ -138,7 +139,7 @@ PLANTINGS = (
     Planting("cache.positions_restart", _counted(_from_zero)),
     Planting("cache.overwritten_early", _keeping(-1), (SLIDING,)),
     Planting("cache.overwritten_late", _keeping(1), (SLIDING,)),
-    Planting("cache.keys_before_rotation", keys_before_rotation),
+    Planting("cache.keys_before_rotation", keys_before_rotation, (NO_NORM_BEHIND,)),
     Planting("cache.stale_after_chunk", stale_after_chunk),
     Planting("cache.padded_positions", _counted(_as_if_unpadded)),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from parity_tests.faults.planted.planting import (
     SCALED_EMBEDDING,
     SOFT_CAP,
     Model,
+    Need,
     Planting,
     layers,
     replace_forward,
@@ -48,7 +50,10 @@ def last_layer_missing(model: Model) -> str:
     decoder, own = model.model, model.new_cache
     count = len(layers(model)) - 1
     decoder.layers = decoder.layers[:count]
-    if hasattr(decoder, "layer_types"):
+    if not hasattr(decoder, "layer_types") and hasattr(decoder, "config"):
+        kinds = decoder.config.layer_types[:count]
+        decoder.config = replace(decoder.config, layer_types=kinds)
+    elif hasattr(decoder, "layer_types"):
         decoder.layer_types = decoder.layer_types[:count]
     elif hasattr(decoder, "windows"):
         decoder.windows = decoder.windows[:count]
@@ -75,10 +80,23 @@ def final_norm_twice(model: Model) -> str:
 
 def _capped(cap: float) -> Callable[[Model], str]:
     def plant(model: Model) -> str:
-        model.logits = lambda hidden: cap * torch.tanh(model.lm_head(hidden) / cap)
+        own = model.logits
+        model.logits = lambda hidden: cap * torch.tanh(own(hidden) / cap)
         return "#logits"
 
     return plant
+
+
+def _scaled_by(factor: Callable[[float], float]) -> Callable[[Model], str]:
+    def plant(model: Model) -> str:
+        scale = factor(model.config.logit_scale)
+        model.logits = lambda hidden: model.lm_head(hidden) * scale
+        return "#logits"
+
+    return plant
+
+
+LOGIT_SCALE = Need("logits are not scaled", lambda model: hasattr(model.config, "logit_scale"))
 
 
 def softcap_missing(model: Model) -> str:
@@ -94,5 +112,7 @@ PLANTINGS = (
     Planting("head.final_norm_missing", final_norm_missing),
     Planting("head.final_norm_twice", final_norm_twice),
     Planting("head.softcap_missing", softcap_missing, (SOFT_CAP,)),
+    Planting("head.logit_scale_missing", _scaled_by(lambda _: 1.0), (LOGIT_SCALE,)),
+    Planting("head.logit_scale_inverted", _scaled_by(lambda scale: 1 / scale), (LOGIT_SCALE,)),
     Planting("head.softcap_applied", _capped(30.0), (NO_SOFT_CAP,)),
 )

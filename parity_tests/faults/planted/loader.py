@@ -5,12 +5,15 @@ All of them are found before anything runs, where parameters are compared.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parity_tests.faults.planted.planting import (
     BIASES,
     MANY_LAYERS,
+    MORE_THAN_ONE_NORM,
     NORMS_OF_HEADS,
     ONE_KEY_A_QUERY,
     SQUARE,
@@ -20,8 +23,10 @@ from parity_tests.faults.planted.planting import (
     Planting,
     attentions,
     exchange,
+    feed_forwards,
     hold,
     layers,
+    rotation_of,
 )
 
 
@@ -40,8 +45,9 @@ def k_v_swapped(model: Model) -> str:
 
 
 def gate_up_swapped(model: Model) -> str:
-    exchange(layers(model)[1].mlp.gate_proj, layers(model)[1].mlp.up_proj)
-    return _at("1.mlp.gate_proj.weight")
+    name, block = [*feed_forwards(model).items()][-1]
+    exchange(block.gate_proj, block.up_proj)
+    return f"{name}.gate_proj.weight (parameter)"
 
 
 def o_proj_transposed(model: Model) -> str:
@@ -77,29 +83,48 @@ def lexicographic_layers(model: Model) -> str:
 
 
 def _reorder(model: Model, order: list[int]) -> None:
-    model.model.layers = nn.ModuleList(model.model.layers[index] for index in order)
+    """What layers hold, and not what they are: of some families they are of different kinds."""
+    held = [dict(layer.named_parameters()) for layer in layers(model)]
+    for layer, source in zip(layers(model), order, strict=True):
+        _hold_all(layer, held[source])
+
+
+def _hold_all(layer: Any, theirs: dict[str, Tensor]) -> None:
+    """Another layer's tensors, where this one has a place of that shape for them."""
+    for path, module in layer.named_modules():
+        for name, own in [*module.named_parameters(recurse=False)]:
+            tensor = theirs.get(f"{path}.{name}".removeprefix("."))
+            if tensor is not None and tensor.shape == own.shape:
+                hold(module, name, tensor)
 
 
 def layer_zero_everywhere(model: Model) -> str:
-    source = dict(layers(model)[0].named_modules())
     for layer in layers(model)[1:]:
-        for path, module in layer.named_modules():
-            for name, _ in [*module.named_parameters(recurse=False)]:
-                hold(module, name, getattr(source[path], name))
+        _hold_all(layer, dict(layers(model)[0].named_parameters()))
     return _at("1.self_attn.q_proj.weight")
+
+
+def projections(attention: Any) -> list[Any]:
+    """Of queries and keys, where a layer has keys of its own."""
+    found = (getattr(attention, name, None) for name in ("q_proj", "k_proj"))
+    return [one for one in found if one is not None]
 
 
 def qk_rows_interleaved(model: Model) -> str:
     """Rows as the original release stores them: a pair's two channels side by side."""
     for attention in attentions(model):
-        for projection in (attention.q_proj, attention.k_proj):
+        for projection in projections(attention):
             for name, tensor in [*projection.named_parameters()]:
-                hold(projection, name, _interleaved(tensor, attention.head_dim))
+                hold(projection, name, _relaid(attention, tensor))
     return _at("0.self_attn.q_proj.weight")
 
 
-def _interleaved(rows: Tensor, head_dim: int) -> Tensor:
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+def _relaid(attention: Any, rows: Tensor) -> Tensor:
+    """From halves to neighbours, or the other way."""
+    half = attention.head_dim // 2
+    halves = rotation_of(attention) in {"rotate", "rotate_by_token"}
+    pairs = (-1, 2, half) if halves else (-1, half, 2)
+    return rows.unflatten(0, pairs).transpose(1, 2).flatten(0, 2)
 
 
 def tie_ignored(model: Model) -> str:
@@ -121,10 +146,11 @@ def norm_at_initial_value(model: Model) -> str:
 
 
 def matrix_at_initial_value(model: Model) -> str:
-    up_proj = layers(model)[1].mlp.up_proj
+    name, block = [*feed_forwards(model).items()][-1]
+    up_proj = block.up_proj
     drawn = torch.randn(up_proj.weight.shape, generator=torch.Generator().manual_seed(6))
     hold(up_proj, "weight", (0.02 * drawn).to(up_proj.weight.dtype))
-    return _at("1.mlp.up_proj.weight")
+    return f"{name}.up_proj.weight (parameter)"
 
 
 def bias_lost(model: Model) -> str:
@@ -139,7 +165,7 @@ PLANTINGS = (
     Planting("loader.gate_up_swapped", gate_up_swapped),
     Planting("loader.square_transposed", o_proj_transposed, (SQUARE,), variant="o_proj"),
     Planting("loader.square_transposed", q_proj_transposed, (SQUARE,), variant="q_proj"),
-    Planting("loader.norms_swapped", norms_swapped, variant="of a layer"),
+    Planting("loader.norms_swapped", norms_swapped, (MORE_THAN_ONE_NORM,), variant="of a layer"),
     Planting("loader.norms_swapped", head_norms_swapped, (NORMS_OF_HEADS,), variant="of heads"),
     Planting("loader.neighbouring_layers", neighbouring_layers),
     Planting("loader.lexicographic_layers", lexicographic_layers, (MANY_LAYERS,)),

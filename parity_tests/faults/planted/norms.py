@@ -9,25 +9,34 @@ import torch
 from torch import Tensor
 
 from parity_tests.faults.planted.planting import (
+    CASTS_FIRST,
+    CASTS_LAST,
+    CENTRED,
     LOW,
+    MORE_THAN_ONE_NORM,
     NO_OFFSET,
     NO_SANDWICH,
+    NOT_CENTRED,
     OFFSET,
+    ONE_STREAM,
     SANDWICH,
+    SEQUENTIAL,
     Model,
     Planting,
+    feed_forward,
+    first_norm,
     layers,
+    named_as,
     norms,
 )
 
 Plant = Callable[[Model], str]
-FIRST = "model.layers.0.input_layernorm"
 
 
 def epsilon(model: Model) -> str:
     for norm in norms(model):
         norm.eps = 1e-6 if norm.eps != 1e-6 else 1e-5
-    return FIRST
+    return first_norm(model)
 
 
 def slight_epsilon(model: Model) -> str:
@@ -43,26 +52,38 @@ def _everywhere(compute: Callable[[Any, Tensor], Tensor]) -> Plant:
     def plant(model: Model) -> str:
         for norm in norms(model):
             norm.forward = lambda x, norm=norm: compute(norm, x)
-        return FIRST
+        return first_norm(model)
 
     return plant
 
 
 def _normalised(norm: Any, x: Tensor) -> Tensor:
-    wide = x.float()
+    wide = _centred(norm, x)
     return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+
+
+def _centred(norm: Any, x: Tensor) -> Tensor:
+    """In float32, without its mean where the family subtracts it."""
+    wide = x.float()
+    is_centred = type(norm).__name__ == "CentredLayerNorm"
+    return wide - wide.mean(-1, keepdim=True) if is_centred else wide
 
 
 def _as_the_family(norm: Any, normalised: Tensor, dtype: torch.dtype) -> Tensor:
     """The family's own last step."""
-    if type(norm).__name__ == "UnitOffsetRMSNorm":
+    kind = type(norm).__name__
+    if kind == "UnitOffsetRMSNorm":
         return (normalised * (1.0 + norm.weight.float())).to(dtype)
+    if not hasattr(norm, "weight"):
+        return normalised.to(dtype)
+    if kind != "RMSNorm":
+        return (norm.weight.float() * normalised).to(dtype)
     weighted: Tensor = norm.weight * normalised.to(dtype)
     return weighted
 
 
 def _epsilon_outside_root(norm: Any, x: Tensor) -> Tensor:
-    wide = x.float()
+    wide = _centred(norm, x)
     root = wide.pow(2).mean(-1, keepdim=True).sqrt() + norm.eps
     return _as_the_family(norm, wide / root, x.dtype)
 
@@ -72,16 +93,26 @@ def _offset_missing(norm: Any, x: Tensor) -> Tensor:
 
 
 def _offset_added(norm: Any, x: Tensor) -> Tensor:
+    if not hasattr(norm, "weight"):
+        return _normalised(norm, x).to(x.dtype)
+    if type(norm).__name__ != "RMSNorm":
+        return ((1.0 + norm.weight.float()) * _normalised(norm, x)).to(x.dtype)
     added: Tensor = (1.0 + norm.weight) * _normalised(norm, x).to(x.dtype)
     return added
 
 
 def _weight_before_cast(norm: Any, x: Tensor) -> Tensor:
+    if not hasattr(norm, "weight"):
+        return _normalised(norm, x).to(x.dtype)
     return (norm.weight.float() * _normalised(norm, x)).to(x.dtype)
 
 
 def _cast_before_weight(norm: Any, x: Tensor) -> Tensor:
-    weighted: Tensor = _normalised(norm, x).to(x.dtype) * (1.0 + norm.weight)
+    normalised = _normalised(norm, x).to(x.dtype)
+    if not hasattr(norm, "weight"):
+        return normalised
+    is_offset = type(norm).__name__ == "UnitOffsetRMSNorm"
+    weighted: Tensor = normalised * (1.0 + norm.weight if is_offset else norm.weight)
     return weighted
 
 
@@ -91,8 +122,14 @@ def _mean_subtracted(norm: Any, x: Tensor) -> Tensor:
     return _as_the_family(norm, _normalised(norm, wide), x.dtype)
 
 
-def _sum_for_mean(norm: Any, x: Tensor) -> Tensor:
+def _mean_kept(norm: Any, x: Tensor) -> Tensor:
     wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return _as_the_family(norm, wide, x.dtype)
+
+
+def _sum_for_mean(norm: Any, x: Tensor) -> Tensor:
+    wide = _centred(norm, x)
     wide = wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + norm.eps)
     return _as_the_family(norm, wide, x.dtype)
 
@@ -140,15 +177,13 @@ def post_for_pre(model: Model) -> str:
     """What is called `post_attention` is taken to normalise the output of attention."""
     for layer in layers(model):
 
-        def forward(
-            h: Tensor, cos: Tensor, sin: Tensor, mask: Any, cache: Any, layer: Any = layer
-        ) -> Tensor:
-            attended = layer.self_attn(layer.input_layernorm(h), cos, sin, mask, cache)
+        def forward(h: Tensor, *rest: Any, layer: Any = layer) -> Tensor:
+            attended = layer.self_attn(layer.input_layernorm(h), *rest)
             h = h + layer.post_attention_layernorm(attended)
-            summed: Tensor = h + layer.mlp(h)
+            summed: Tensor = h + feed_forward(layer)(h).view(h.shape)
             return summed
 
-        layer.forward = forward
+        layer.forward = named_as(layer.forward, forward)
     return "model.layers.0.post_attention_layernorm:in"
 
 
@@ -171,12 +206,18 @@ PLANTINGS = (
     Planting("norm.epsilon_outside_root", _everywhere(_epsilon_outside_root)),
     Planting("norm.offset_missing", _everywhere(_offset_missing), (OFFSET,)),
     Planting("norm.offset_added", _everywhere(_offset_added), (NO_OFFSET,)),
-    Planting("norm.weight_before_cast", _everywhere(_weight_before_cast), (NO_OFFSET,), LOW),
-    Planting("norm.cast_before_weight", _everywhere(_cast_before_weight), (OFFSET,), LOW),
+    Planting("norm.weight_before_cast", _everywhere(_weight_before_cast), (CASTS_FIRST,), LOW),
+    Planting("norm.cast_before_weight", _everywhere(_cast_before_weight), (CASTS_LAST,), LOW),
     Planting("norm.offset_rounded", offset_rounded, (OFFSET,), LOW),
-    Planting("norm.mean_subtracted", _everywhere(_mean_subtracted)),
+    Planting("norm.mean_subtracted", _everywhere(_mean_subtracted), (NOT_CENTRED,)),
+    Planting("norm.mean_kept", _everywhere(_mean_kept), (CENTRED,)),
     Planting("norm.missing", _missing("input_layernorm"), variant="input"),
-    Planting("norm.missing", _missing("post_attention_layernorm"), variant="post_attention"),
+    Planting(
+        "norm.missing",
+        _missing("post_attention_layernorm"),
+        (MORE_THAN_ONE_NORM,),
+        variant="post_attention",
+    ),
     Planting(
         "norm.missing",
         _missing("pre_feedforward_layernorm"),
@@ -189,14 +230,18 @@ PLANTINGS = (
         (SANDWICH,),
         variant="post_feedforward",
     ),
-    Planting("norm.exchanged", _exchanged("input_layernorm", "post_attention_layernorm")),
+    Planting(
+        "norm.exchanged",
+        _exchanged("input_layernorm", "post_attention_layernorm"),
+        (MORE_THAN_ONE_NORM,),
+    ),
     Planting(
         "norm.exchanged",
         _exchanged("post_attention_layernorm", "pre_feedforward_layernorm"),
         (SANDWICH,),
         variant="around attention",
     ),
-    Planting("norm.pre_for_post", pre_for_post, (SANDWICH,), variant="pre"),
-    Planting("norm.pre_for_post", post_for_pre, (NO_SANDWICH,), variant="post"),
+    Planting("norm.pre_for_post", pre_for_post, (SANDWICH, ONE_STREAM), variant="pre"),
+    Planting("norm.pre_for_post", post_for_pre, (NO_SANDWICH, SEQUENTIAL), variant="post"),
     Planting("norm.sum_for_mean", _everywhere(_sum_for_mean)),
 )

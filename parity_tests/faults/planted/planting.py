@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
+from portkit.nn.cache import ChunkedCache
 from portkit.nn.rope import RotaryEmbedding
 
 Model = Any
@@ -101,6 +103,63 @@ def layers(model: Model) -> list[Any]:
     return [*model.model.layers]
 
 
+def named_as(original: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, its arguments called as those of `original`: it is by names that they are seen."""
+    return wraps(original)(forward)
+
+
+def feed_forwards(model: Model) -> dict[str, Any]:
+    """Gated feed-forwards by their sites; experts are none of them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "down_proj", None), nn.Linear)
+    }
+
+
+def feed_forward(layer: Any) -> Any:
+    """A layer's feed-forward, whatever it is called."""
+    return layer.mlp if hasattr(layer, "mlp") else layer.feed_forward
+
+
+ROTATIONS = ("rotate", "rotate_by_token", "rotate_interleaved", "rotate_polar")
+
+
+def rotation_of(attention: Any) -> str:
+    """By which function's name an attention rotates."""
+    called = type(attention).forward.__code__.co_names
+    return next(name for name in ROTATIONS if name in called)
+
+
+def by_token(attention: Any) -> bool:
+    """Whether its heads lie (batch, tokens, heads, head_dim) when they are rotated."""
+    return rotation_of(attention) in {"rotate_by_token", "rotate_polar"}
+
+
+def rotates(attention: Any) -> bool:
+    return bool(getattr(attention, "rotates", True))
+
+
+def rotating(model: Model) -> list[int]:
+    """The layers that rotate."""
+    return [i for i, attention in enumerate(attentions(model)) if rotates(attention)]
+
+
+def first_rotated(model: Model, role: str = "query") -> str:
+    """Where a rotation shows first."""
+    layer = rotating(model)[0]
+    if getattr(attentions(model)[layer], "qk_norm", None) is not None:
+        return f"model.layers.{layer}.self_attn.qk_norm{'' if role == 'query' else '@2'}:in"
+    return f"model.layers.{layer}.self_attn#{role}"
+
+
+def first_norm(model: Model) -> str:
+    """The first norm that runs."""
+    if hasattr(model.model, "per_layer_projection_norm"):
+        return "model.per_layer_projection_norm"
+    return "model.layers.0.input_layernorm"
+
+
 def attentions(model: Model) -> list[Any]:
     return [layer.self_attn for layer in model.model.layers]
 
@@ -120,7 +179,7 @@ def tables(model: Model) -> dict[str, RotaryEmbedding]:
 def windows(model: Model) -> list[int | None]:
     """Each layer's window, None where it sees everything."""
     caches = model.new_cache(1, 1).layers
-    return [getattr(cache, "window", None) for cache in caches]
+    return [None if type(one) is ChunkedCache else getattr(one, "window", None) for one in caches]
 
 
 def first(values: Iterable[Any], value: Any) -> int:
@@ -147,6 +206,46 @@ def _has_bias(model: Model) -> bool:
 NORMS_OF_HEADS = Need(
     "queries and keys are not normalised", lambda model: hasattr(attentions(model)[0], "q_norm")
 )
+PAIRS_OF_HALVES = Need(
+    "neighbouring channels are rotated together already",
+    lambda model: rotation_of(attentions(model)[0]) in {"rotate", "rotate_by_token"},
+)
+NEIGHBOURS = Need(
+    "channels i and i + d/2 are rotated together already",
+    lambda model: not PAIRS_OF_HALVES.holds(model),
+)
+ROUNDED_TABLES = Need(
+    "rotary tables are float32 already",
+    lambda model: rotation_of(attentions(model)[0]) != "rotate_polar",
+)
+NO_NORM_BEHIND = Need(
+    "a norm follows the rotation",
+    lambda model: getattr(attentions(model)[0], "qk_norm", None) is None,
+)
+MORE_THAN_ONE_NORM = Need(
+    "a layer has one norm", lambda model: hasattr(layers(model)[0], "post_attention_layernorm")
+)
+ONE_STREAM = Need(
+    "a layer has several streams and wirings of its own",
+    lambda model: not hasattr(layers(model)[0], "altup"),
+)
+SEQUENTIAL = Need("attention and feed-forward are parallel", MORE_THAN_ONE_NORM.holds)
+NOT_CENTRED = Need(
+    "norms subtract the mean already",
+    lambda model: type(model.model.norm).__name__ != "CentredLayerNorm",
+)
+CENTRED = Need("norms do not subtract the mean", lambda model: not NOT_CENTRED.holds(model))
+CASTS_FIRST = Need(
+    "norms multiply by their weight in float32 already",
+    lambda model: type(model.model.norm).__name__ == "RMSNorm",
+)
+CASTS_LAST = Need(
+    "norms cast before they multiply by their weight already",
+    lambda model: not CASTS_FIRST.holds(model),
+)
+SCALED_SCORES = Need(
+    "scores are not scaled", lambda model: attentions(model)[0].attend.scale != 1.0
+)
 SANDWICH = Need(
     "a layer has no norms behind attention and feed-forward",
     lambda model: hasattr(layers(model)[0], "pre_feedforward_layernorm"),
@@ -170,7 +269,7 @@ UNTIED = Need("the head is tied", lambda model: not TIED.holds(model))
 BIASES = Need("attention has no biases", _has_bias)
 SQUARE = Need(
     "no matrix is square",
-    lambda model: len({*attentions(model)[0].o_proj.weight.shape}) == 1,
+    lambda model: len({*attentions(model)[1].o_proj.weight.shape}) == 1,
 )
 ONE_KEY_A_QUERY = Need(
     "q_proj and k_proj differ in shape", lambda model: len({*_heads(model)}) == 1
@@ -202,4 +301,12 @@ NO_SOFT_CAP = Need("logits have a soft cap already", lambda model: not SOFT_CAP.
 def acts_by(*names: str) -> Need:
     """The feed-forward's activation is one of these functions."""
     otherwise = f"the feed-forward is not gated by {' or '.join(names)}"
-    return Need(otherwise, lambda model: layers(model)[0].mlp.act.__name__ in names)
+    return Need(otherwise, lambda model: activation(model) in names)
+
+
+def activation(model: Model) -> str:
+    """The function that gates its feed-forwards, by its name."""
+    found = next(iter(feed_forwards(model).values()), None)
+    if found is None:
+        return "none: there are experts alone"
+    return str(getattr(getattr(found, "act", None), "__name__", "gelu_tanh"))

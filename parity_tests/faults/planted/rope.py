@@ -11,24 +11,38 @@ from torch import Tensor
 
 from parity_tests.faults.planted.planting import (
     LOW,
+    NEIGHBOURS,
+    ONE_STREAM,
+    PAIRS_OF_HALVES,
+    ROUNDED_TABLES,
     SCALED_ROPE,
     TABLES_BY_TYPE,
     Model,
     Planting,
     attentions,
+    by_token,
+    first_rotated,
     layers,
     replace_forward,
     respell,
     rope_is,
+    rotating,
+    rotation_of,
     tables,
 )
-from portkit.nn.rope import RopeParameters, RotaryEmbedding, inverse_frequencies
+from portkit.nn import rope
+from portkit.nn.rope import (
+    PolarRotaryEmbedding,
+    RopeParameters,
+    RotaryEmbedding,
+    inverse_frequencies,
+)
 
 Plant = Callable[[Model], str]
 
 
-def _respecify(made: RotaryEmbedding, rope: RopeParameters) -> None:
-    made.inv_freq, made.scaling = inverse_frequencies(2 * len(made.inv_freq), rope)
+def _respecify(made: RotaryEmbedding, other: RopeParameters) -> None:
+    made.inv_freq, made.scaling = inverse_frequencies(2 * len(made.inv_freq), other)
 
 
 def _first_scaled(model: Model) -> tuple[str, RotaryEmbedding]:
@@ -134,11 +148,42 @@ def _rotations(rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Plant:
     """Every layer rotates in another way."""
 
     def plant(model: Model) -> str:
-        for attention in attentions(model):
-            respell(attention, rotate=rotate)
-        return "model.layers.0.self_attn#query"
+        respell_rotations(model, rotate)
+        return first_rotated(model)
 
     return plant
+
+
+def respell_rotations(model: Model, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Have every layer rotate (batch, heads, tokens, head_dim) by `rotate`."""
+    for attention in attentions(model):
+        _respell(attention, rotate)
+
+
+def _respell(attention: Any, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def of_tokens(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x.transpose(1, 2), cos, sin).transpose(1, 2)
+
+    name = rotation_of(attention)
+    respell(attention, **{name: of_tokens if by_token(attention) else rotate})
+
+
+def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channels i and i + d/2 are a pair, where tables are laid out for neighbours."""
+    half = x.shape[-1] // 2
+    cos, sin = (one if one.shape[-1] == half else one[..., ::2] for one in (cos, sin))
+    cos, sin = (torch.cat((one, one), -1)[:, None] for one in (cos, sin))
+    wide = x.float()
+    turned = torch.cat((-wide[..., half:], wide[..., :half]), -1)
+    return (wide * cos.float() + turned * sin.float()).to(x.dtype)
+
+
+def _other_way(model: Model) -> str:
+    """The family's own rotation by the negative angle."""
+    for attention in attentions(model):
+        own = getattr(rope, rotation_of(attention))
+        respell(attention, **{rotation_of(attention): lambda x, c, s, own=own: own(x, c, -s)})
+    return first_rotated(model)
 
 
 def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -147,12 +192,6 @@ def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = (one[:, None, :, :half].repeat_interleave(2, -1) for one in (cos, sin))
     turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
     return x * cos + turned * sin
-
-
-def _backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    turned = torch.cat((x[..., half:], -x[..., :half]), -1)
-    return x * cos[:, None] + turned * sin[:, None]
 
 
 def rotate_in_float32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -175,7 +214,9 @@ def angles_in_low_precision(model: Model) -> str:
     def forward(made: RotaryEmbedding) -> Callable[..., tuple[Tensor, Tensor]]:
         def tabled(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             angles = positions[..., None].to(dtype) * made.inv_freq.to(dtype)
-            angles = torch.cat((angles, angles), -1)
+            if isinstance(made, PolarRotaryEmbedding):
+                return angles.float().cos() * made.scaling, angles.float().sin() * made.scaling
+            angles = made.spread(angles)
             return angles.cos() * made.scaling, angles.sin() * made.scaling
 
         return tabled
@@ -195,15 +236,16 @@ def frequencies_rounded(model: Model) -> str:
 def tables_in_float32(model: Model) -> str:
     for made in tables(model).values():
         replace_forward(made, lambda own, positions, _: own(positions, torch.float32))
-    for attention in attentions(model):
-        respell(attention, rotate=rotate_in_float32)
+    if PAIRS_OF_HALVES.holds(model):
+        respell_rotations(model, rotate_in_float32)
     return f"model#cos{next(iter(tables(model)))}"
 
 
 def not_applied_in_a_layer(model: Model) -> str:
-    last = len(layers(model)) - 1
-    respell(attentions(model)[last], rotate=lambda x, *_: x)
-    return f"model.layers.{last}.self_attn#query"
+    last = rotating(model)[-1]
+    _respell(attentions(model)[last], lambda x, *_: x)
+    behind = getattr(attentions(model)[last], "qk_norm", None) is not None
+    return f"model.layers.{last}.self_attn{'.qk_norm:in' if behind else '#query'}"
 
 
 LINEAR, LLAMA3, YARN = rope_is("linear"), rope_is("llama3"), rope_is("yarn")
@@ -214,7 +256,7 @@ PLANTINGS = (
     Planting(
         "rope.local_global_exchanged",
         table_of_the_other_type,
-        (TABLES_BY_TYPE,),
+        (TABLES_BY_TYPE, ONE_STREAM),
         variant="for a layer",
     ),
     Planting("rope.scaling_ignored", scaling_ignored, (LINEAR,), variant="linear"),
@@ -235,12 +277,13 @@ PLANTINGS = (
     Planting("rope.yarn_original_context", _context_for_original, (YARN,)),
     Planting("rope.yarn_attention_factor", yarn_attention_factor, (YARN,)),
     Planting("rope.yarn_truncate", _with(truncate=False), (YARN,)),
-    Planting("rope.interleaved", _rotations(_interleaved)),
-    Planting("rope.sign", _rotations(_backwards)),
+    Planting("rope.interleaved", _rotations(_interleaved), (PAIRS_OF_HALVES,)),
+    Planting("rope.not_interleaved", _rotations(_halves), (NEIGHBOURS,)),
+    Planting("rope.sign", _other_way),
     Planting("rope.position_off_by_one", position_off_by_one),
     Planting("rope.angles_in_low_precision", angles_in_low_precision, dtypes=LOW),
     Planting("rope.frequencies_rounded", frequencies_rounded, dtypes=LOW),
-    Planting("rope.tables_in_float32", tables_in_float32, dtypes=LOW),
+    Planting("rope.tables_in_float32", tables_in_float32, (ROUNDED_TABLES,), LOW),
     Planting("rope.not_applied", not_applied_in_a_layer, variant="in a layer"),
     Planting("rope.not_applied", _rotations(lambda x, *_: x), variant="anywhere"),
 )

@@ -139,6 +139,7 @@ FAULTS = (
         "leaves out the expert that all tokens pass through",
         "add `shared_expert` to the chosen experts' sum",
         on(Total, _shared_lost),
+        leaves_out=True,
     ),
     Fault(
         "experts.summed_one_by_one",

@@ -210,6 +210,8 @@ class OwnVector:
     """Rows of the tokens, all layers side by side."""
     projected: str = "model.per_layer_projection_norm"
     """What is made of the embedding: (batch, tokens, layers, size)."""
+    projection: str = "model.per_layer_model_projection"
+    """What it is made by."""
     scaled: bool = True
     """By 1 / sqrt(2), held in the model's dtype."""
     terms: str = "both"
