@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from portkit.parity.judge import CHANNEL_FACTOR, FLOOR_FACTOR, Judgement, Verdict, relative
 from portkit.parity.ledger import (
-    BLOCK,
     Distance,
     SiteAccount,
     difference,
@@ -141,14 +139,11 @@ def _pooled(distance: Distance, width: int) -> Tensor:
 
 
 def _add(account: SiteAccount, ours: Tensor, theirs: Tensor, is_equal: bool) -> None:
-    """Add the squares of (rows, channels), some rows at a time."""
-    step = max(1, BLOCK // ours.shape[1])
-    for start, end in pairwise([*range(0, len(ours), step), len(ours)]):
-        held = theirs[start:end].double()
-        length = squares_of(held)
-        account.truth.add(length, end - start)
-        gap = torch.zeros_like(length) if is_equal else squares_of(ours[start:end].double() - held)
-        account.carried_error.add(gap, end - start)
+    """Add the squares of (rows, channels)."""
+    length = squares_of(theirs)
+    account.truth.add(length, len(theirs))
+    gap = torch.zeros_like(length) if is_equal else squares_of(ours, theirs)
+    account.carried_error.add(gap, len(theirs))
 
 
 def _word(tensor: Tensor) -> str:

@@ -255,8 +255,8 @@ class Comparing:
             elif (found := difference(one, account.dims, ours, theirs)) is not None:
                 account.carried.append(one.name)
                 if ours.is_floating_point() and found.max_difference < torch.inf:
-                    a, b = (rows(each, account.dims, one).double() for each in (ours, theirs))
-                    account.carried_error.add(squares_of(a - b), len(a))
+                    a, b = (rows(each, account.dims, one) for each in (ours, theirs))
+                    account.carried_error.add(squares_of(a, b), len(a))
 
         visit = self.unseen.of_port(fitted(trace, looked_at(trace, look)))
         with watching(self.port, self.table, visit):

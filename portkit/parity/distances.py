@@ -24,8 +24,20 @@ class Distances:
     def __init__(self, ledger: Ledger, kernel: str) -> None:
         self.ledger, self.kernel = ledger, kernel
 
-    def hold(self, one: Recording, name: str, truth: Tensor, channels: slice | None = None) -> None:
-        """Add a site's truth, and how far both sides are from it in the dtype under test."""
+    def hold(
+        self,
+        one: Recording,
+        name: str,
+        truth: Tensor,
+        channels: slice | None = None,
+        *,
+        is_recorded: bool = False,
+    ) -> None:
+        """Add a site's truth, and how far both sides are from it in the dtype under test.
+
+        `is_recorded`: what was recorded is its own truth, as a module's input is that is another's
+        output and was judged there.
+        """
         if name not in one.seen or not truth.is_floating_point():
             return
         if name.endswith(EXPERTS):
@@ -34,17 +46,21 @@ class Distances:
         account, whole = self.ledger.site(name), one.trace[name]
         held = rows(truth, account.dims, one.run)
 
-        def distance(recorded: Tensor) -> Tensor:
-            part = recorded if channels is None else recorded[..., channels]
-            return rows(part, account.dims, one.run).double() - held
+        def part(recorded: Tensor) -> Tensor:
+            found = recorded if channels is None else recorded[..., channels]
+            return rows(found, account.dims, one.run)
 
         block = (channels or slice(None), whole.shape[-1] if channels else None)
-        own, unequal = distance(whole), one.unequal.get(name)
-        ours = own if unequal is None else distance(unequal)
-        account.truth.add(squares_of(held), len(held), *block)
-        account.floors[self.kernel].add(squares_of(own), len(held), *block)
-        account.port.add(squares_of(ours), len(held), *block)
-        if unequal is not None:
+        length = squares_of(held)
+        floor = torch.zeros_like(length) if is_recorded else squares_of(part(whole), held)
+        account.truth.add(length, len(held), *block)
+        account.floors[self.kernel].add(floor, len(held), *block)
+        unequal = one.unequal.get(name)
+        if unequal is None:
+            account.port.add(floor, len(held), *block)
+        else:
+            own, ours = (part(each).double() - held for each in (whole, unequal))
+            account.port.add(squares_of(ours), len(held), *block)
             account.spread.add(ours)
             account.floor_spread.add(own)
             sums = token_sums(ours, own, held)
@@ -89,8 +105,8 @@ class Distances:
         account.function_asked = True
         ours, held = (rows(each, account.dims, one.run) for each in (port, truth))
         gap = held.new_zeros(held.shape[1])
-        if not torch.equal(port, truth):
-            gap = squares_of(ours - held)
+        if port is not truth and not torch.equal(port, truth):
+            gap = squares_of(ours, held)
             account.function_spread.add(ours - held)
             if name not in one.unequal and channels is None:
                 apart = float(gap.sum()) > SAME_FUNCTION**2 * float(squares_of(held).sum())

@@ -186,14 +186,14 @@ class KillMatrix:
         account = trial.account
         account.unequal.append(PassRecord(scene.one.name, 1, ours.numel(), 0.0))
         account.truth.add(squares_of(held), len(held))
-        account.port.add(squares_of(ours.double() - held), len(held))
-        account.floors["own"].add(squares_of(theirs.double() - held), len(held))
+        account.port.add(squares_of(ours, held), len(held))
+        account.floors["own"].add(squares_of(theirs, held), len(held))
         if isinstance(recipe, Kernel):
             other = replace(recipe, kernel="eager" if recipe.kernel == "sdpa" else "sdpa")
             context = other.run(scene, site)
             if context is not None:
-                gap = rows(context, dims, scene.one).double() - held
-                account.floors["other"].add(squares_of(gap), len(held))
+                gap = squares_of(rows(context, dims, scene.one), held)
+                account.floors["other"].add(gap, len(held))
 
     def _kill(self, fault: Fault, by: str, site: str, one: str, margin: float | None) -> None:
         dtype = str(self.facts.dtype).removeprefix("torch.")

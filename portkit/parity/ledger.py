@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from portkit.parity.probe import Pass
 from portkit.parity.sites import AGAIN, QKV, SiteTable
@@ -25,6 +26,8 @@ LOGITS = "#logits"
 _LOGITS_DIMS = "batch position vocabulary"
 BLOCK = 1 << 24
 """Values that are compared in float64 at a time."""
+_CACHED = 1 << 15
+"""Values of which a float64 copy stays in a core's cache."""
 
 
 def token_dim(dims: str) -> int:
@@ -107,9 +110,25 @@ class Distance:
         return 0.0 if self.per_channel is None else float(self.per_channel.sum())
 
 
-def squares_of(difference: Tensor) -> Tensor:
-    """(rows, channels) to the sum over the rows of their squares, (channels,)."""
-    return (difference * difference).sum(0)
+def squares_of(values: Tensor, against: Tensor | None = None) -> Tensor:
+    """(rows, channels) to the sum over the rows of the squares, (channels,), float64.
+
+    With `against`, of the difference from it. Taken in blocks that stay in the processor's cache:
+    what a proof holds against the truth is many times what the model has computed, and a float64
+    copy of each would cost more than the model.
+    """
+    num_rows, width = values.shape
+    step = max(1, _CACHED // max(1, width)) if values.device.type == "cpu" else max(1, num_rows)
+    total = values.new_zeros(width, dtype=torch.float64)
+    with _disable_current_modes():  # nothing here is the model's to be watched
+        scratch = values.new_empty(min(step, num_rows), width, dtype=torch.float64)
+        for start in range(0, num_rows, step):
+            block = values[start : start + step]
+            wide = scratch[: len(block)].copy_(block)
+            if against is not None:
+                wide.sub_(against[start : start + step])
+            total += wide.mul_(wide).sum(0)
+    return total
 
 
 @dataclass(frozen=True)

@@ -106,10 +106,16 @@ class _Upcasts:
 
     def of(self, narrow: Tensor) -> Tensor:
         for known, wide in self._made:
-            if known is narrow or (known.dtype == narrow.dtype and torch.equal(known, narrow)):
+            if known.dtype == narrow.dtype and (
+                _is_same_memory(known, narrow) or torch.equal(known, narrow)
+            ):
                 return wide
         self._made.append((narrow, narrow.double()))
         return self._made[-1][1]
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

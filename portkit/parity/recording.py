@@ -173,8 +173,8 @@ class Recorder:
             def add(name: str, truth: Tensor, one: Pass = one, trace: Trace = trace) -> None:
                 dims = self._ledger.site(name).dims
                 held = rows(truth, dims, one)
-                gap = rows(trace[name], dims, one).double() - held
-                self._carried[name].add(squares_of(gap), len(gap))
+                gap = squares_of(rows(trace[name], dims, one), held)
+                self._carried[name].add(gap, len(held))
                 self._free_truth[name].add(squares_of(held), len(held))
 
             self._free.run(one, trace, add)

@@ -83,10 +83,12 @@ class Truth:
 
     def _judge_block(self, name: str, one: Recording) -> None:
         truth: Trace = {}
+        upcasts = _Upcasts()
         calls = one.reference_calls.blocks[name]
-        self._run_block(self.reference, name, calls, one, truth.__setitem__)
+        self._run_block((self.reference, name), calls, one, upcasts, truth.__setitem__)
         for site, exact in truth.items():
-            self.distances.hold(one, site, exact)
+            is_recorded = upcasts.is_of(exact, one.trace.get(site))
+            self.distances.hold(one, site, exact, is_recorded=is_recorded)
         self._add_other_kernels(one, f"{name}.self_attn", truth)
 
         def ask(site: str, port: Tensor) -> None:
@@ -95,7 +97,7 @@ class Truth:
         if name in one.port_calls.blocks:
             with self._asking(name):
                 calls = one.port_calls.blocks[name]
-                self._run_block(self.port, name, calls, one, ask)
+                self._run_block((self.port, name), calls, one, upcasts, ask)
 
     def _judge_head(self, recordings: Sequence[Recording]) -> None:
         theirs, ours = self._theirs[HEAD], self._ours[HEAD]
@@ -120,14 +122,17 @@ class Truth:
         except (RuntimeError, TypeError) as error:
             self.unasked[name] = str(error).partition("\n")[0]
 
-    def _run_block(self, side: Side, name: str, call: Call, one: Recording, look: Look) -> None:
-        """Have `look` see what every site within a block makes of the recorded inputs."""
-        past, taught = _TaughtCache(name, one.trace, one.num_past), _Upcasts()
+    def _run_block(
+        self, block: tuple[Side, str], call: Call, one: Recording, upcasts: _Upcasts, look: Look
+    ) -> None:
+        """Have `look` see what every site within a side's block makes of the recorded inputs."""
+        side, name = block
+        past = _TaughtCache(name, one.trace, one.num_past)
 
         def visit(site: str, tensor: Tensor) -> Tensor:
             look(site, tensor)
             recorded = one.trace.get(site)
-            wide = tensor if recorded is None else taught.of(recorded)
+            wide = tensor if recorded is None else upcasts.of(recorded)
             # What a block returns as it got it, another may add to in place.
             return wide.clone() if wide is tensor and ":in" not in site else wide
 
@@ -156,8 +161,8 @@ class Truth:
                 context, _ = run(
                     module, query, key, value, given, scaling=module.scaling, dropout=0.0
                 )
-                gap = rows(context, account.dims, one.run).double() - held
-                account.floors[kernel].add(squares_of(gap), len(held))
+                gap = squares_of(rows(context, account.dims, one.run), held)
+                account.floors[kernel].add(gap, len(held))
 
 
 class _Within:
@@ -219,7 +224,10 @@ class _TaughtCache:
 
 
 class _Upcasts:
-    """Recorded tensors in float64, as long as somebody holds them: one is often several sites."""
+    """Recorded tensors in float64, as long as somebody holds them: one is often several sites.
+
+    A copy that somebody has changed in place is not given again.
+    """
 
     def __init__(self) -> None:
         self._made: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
@@ -228,9 +236,13 @@ class _Upcasts:
         if not recorded.is_floating_point():
             return recorded
         wide = self._made.get(id(recorded))
-        if wide is None:
+        if wide is None or wide._version:
             wide = self._made[id(recorded)] = recorded.double()
         return wide
+
+    def is_of(self, wide: Tensor, recorded: Tensor | None) -> bool:
+        """Whether `wide` is the very copy that was made of `recorded`."""
+        return recorded is not None and self._made.get(id(recorded)) is wide
 
 
 def _tables(side: Side, calls: Calls) -> Trace:

@@ -138,8 +138,8 @@ class WholeTruth:
                         continue
                     account = self.ledger.site(site)
                     exact = rows(held, account.dims, one.run)
-                    gap = rows(tensor, account.dims, one.run).double() - exact
-                    account.floors[self.reference.attention].add(squares_of(gap), len(exact))
+                    gap = squares_of(rows(tensor, account.dims, one.run), exact)
+                    account.floors[self.reference.attention].add(gap, len(exact))
 
     def _run_taught(self, one: Recording, caches: dict[str, Any]) -> Trace:
         found: Trace = {}
