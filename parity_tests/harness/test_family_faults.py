@@ -81,6 +81,7 @@ def test_every_place_but_plain_matrices_is_computed_in_every_bit(
         trace: Trace = {}
         with torch.no_grad(), watching(reference, table, recorder(trace)):
             reference.run(one, caches)
+        with torch.no_grad():  # and watched no more: a recipe runs the reference's kernels
             scene = scenes.of(one, trace)
             for site in trace:
                 recipe = book.recipe(scene, site)
