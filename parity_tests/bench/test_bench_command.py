@@ -102,7 +102,8 @@ def test_prefill_and_load_are_tables_for_people(capsys: pytest.CaptureFixture[st
 def test_the_ceiling_counts_what_a_token_reads() -> None:
     model = load(DEMO).model
     config = model.config
-    weights = sum(one.numel() for one in model.parameters()) * 2
+    scale = 2  # of the embedding, a bfloat16 beside the parameters
+    weights = sum(one.numel() for one in model.parameters()) * 2 + scale
     own_row = config.hidden_size * 2
     behind = model.new_cache(1, 101).num_bytes(100, 2)
     assert bytes_per_token(model, 100, 1) == weights + own_row + behind

@@ -52,7 +52,7 @@ def bytes_per_token(model: CausalLM, context: int, batch: int, *, int8_head: boo
     embedding = model.get_parameter("model.embed_tokens.weight")
     head = model.get_submodule("lm_head").weight
     assert isinstance(head, Tensor), "a matrix, quantised or not"
-    # A quantised matrix is a buffer.
+    # A quantised matrix is a buffer, and so is an embedding's scale.
     count = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
     if head is not embedding:
         count -= embedding.nbytes
