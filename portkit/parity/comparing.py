@@ -1,7 +1,7 @@
 """Comparing: one probe, both sides, every site; who differs, where first, how much, and how far.
 
 For each pass the reference runs and is recorded; the port runs freely (carried errors) and taught
-(local errors). Recordings are held for a group of passes no larger than the largest pass, and then
+(local errors). Recordings are held for a group of passes little larger than the largest, and then
 held against the truth.
 """
 
@@ -45,6 +45,8 @@ from portkit.parity.unseen import Unseen
 from portkit.parity.whole import WholeTruth
 
 Tell = Callable[[str], None]
+_ROOM = 1.25
+"""How many times the largest pass's recording is held before it is judged."""
 
 
 class Onlooker(Protocol):
@@ -93,7 +95,7 @@ def _in_order(trace: Trace) -> Iterator[str]:
 
 
 def groups(probe: Probe) -> list[list[Pass]]:
-    """Passes in a row whose recordings together are no larger than the largest pass's.
+    """Passes in a row whose recordings together are little larger than the largest pass's.
 
     A layer is upcast once for a group. What a pass records is about so much a token; of the past
     it holds keys and values, about a sixteenth of that.
@@ -103,7 +105,7 @@ def groups(probe: Probe) -> list[list[Pass]]:
         return len(one.input_ids) * (one.num_tokens + probe.past(one) / 16)
 
     groups: list[list[Pass]] = []
-    room, most = 0.0, max(map(size, probe))
+    room, most = 0.0, _ROOM * max(map(size, probe))
     for one in probe:
         if not groups or size(one) > room:
             groups.append([])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from portkit.parity.distances import Distances
-from portkit.parity.heap import release_freed_memory
 from portkit.parity.ledger import Ledger, SiteAccount, rows, squares_of
 from portkit.parity.local import Call, Calls, Recording, Trace, block_modules, recorder
 from portkit.parity.precision import (
@@ -65,7 +64,6 @@ class Truth:
                 with held_in_float64(*filter(None, (theirs, ours))):
                     for one in recordings:
                         self._judge_block(name, one)
-            release_freed_memory()
 
     def _judge_tables(self, one: Recording) -> None:
         port = _tables(self.port, one.port_calls)
