@@ -1,8 +1,9 @@
 """No speed without its proof: are the tokens the readable model's, and what is the path's verdict?
 
 Two greedy continuations agree where they are equal, or where they first part at two tokens whose
-logits are within one step of the dtype of each other: there rounding decides. The readable model,
-which is the reference bit for bit, is asked for those logits. Knows models and tokens, no clocks.
+logits are within one step of the dtype of each other: there rounding decides. Transformers' tokens
+are what others are held against where it takes part, the readable model's elsewhere. That is the
+reference bit for bit, and is asked for the logits. Knows models and tokens, no clocks.
 """
 
 from __future__ import annotations
@@ -11,12 +12,22 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from portkit.architecture import CausalLM
-from portkit.bench.engines import EAGER, EXACT, FAST, KERNELS, QUANTIZED, READABLE, runner_of
+from portkit.bench.engines import (
+    EAGER,
+    EXACT,
+    FAST,
+    KERNELS,
+    QUANTIZED,
+    READABLE,
+    TRANSFORMERS,
+    runner_of,
+)
 from portkit.bench.true_logits import true_logits
 from portkit.decoding.device_session import DeviceSession
 from portkit.decoding.fast import FastModel
@@ -34,29 +45,48 @@ _JUDGED_PROMPT, _JUDGED_STEPS = 24, 16
 
 @dataclass(frozen=True)
 class Agreement:
-    """How an engine's tokens compare with the readable model's.
+    """How an engine's tokens compare with the reference's, or the readable model's.
 
     `same`: equal, or parted by rounding. `first_difference`: where the first row parts, and by how
-    many steps of the dtype its two logits differ there; None where all is equal. `verdict`: exact,
-    rounding or diverged; None of an engine that is not ours.
+    many steps of the dtype its two logits differ there; None where all is equal. `num_tokens`: how
+    many a row has. `verdict`: exact, rounding or diverged; None of an engine that is not ours.
     """
 
     same: bool
     first_difference: dict[str, float] | None
+    num_tokens: int
     verdict: str | None
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON has it, without the verdict, which is the engine's."""
+        return {
+            "num_tokens": self.num_tokens,
+            "same_tokens": self.same,
+            "first_difference": self.first_difference,
+        }
+
+    def __str__(self) -> str:
+        if self.first_difference is None:
+            return f"yes, all {self.num_tokens}"
+        place, steps = self.first_difference["token"], self.first_difference["steps"]
+        same = "yes" if self.same else "no"
+        return f"{same}, to {place:.0f} of {self.num_tokens}: {steps:.1f} steps apart"
 
 
 def compare_tokens(
     model: CausalLM, prompts: Rows, tokens: Mapping[str, Rows], verdicts: Mapping[str, str]
 ) -> dict[str, Agreement]:
-    """Each engine's agreement with the readable model, whose tokens are made if none gave them."""
+    """Each engine's agreement with Transformers, or where it took no part the readable model,
+    whose tokens are made if none gave them.
+    """
     num_tokens = max(len(row) for rows in tokens.values() for row in rows)
-    readable = tokens.get(READABLE) or _continue(model, prompts, num_tokens)
+    expected = tokens.get(TRANSFORMERS) or tokens.get(READABLE)
+    expected = expected or _continue(model, prompts, num_tokens)
     found = {}
     for engine, rows in tokens.items():
-        difference = _first_difference(model, prompts, readable, rows)
+        difference = _first_difference(model, prompts, expected, rows)
         same = difference is None or difference["steps"] <= 1
-        found[engine] = Agreement(same, difference, verdicts.get(engine))
+        found[engine] = Agreement(same, difference, num_tokens, verdicts.get(engine))
     return found
 
 
@@ -129,11 +159,11 @@ def _continue(model: CausalLM, prompts: Rows, num_tokens: int) -> list[list[int]
 
 @torch.inference_mode()
 def _first_difference(
-    model: CausalLM, prompts: Rows, ours: Rows, theirs: Rows
+    model: CausalLM, prompts: Rows, expected: Rows, found: Rows
 ) -> dict[str, float] | None:
     parted = [
         (next(i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), row)
-        for row, (x, y) in enumerate(zip(ours, theirs, strict=True))
+        for row, (x, y) in enumerate(zip(expected, found, strict=True))
         if list(x) != list(y)
     ]
     if not parted:
@@ -145,10 +175,12 @@ def _first_difference(
     for place in range(max(place for place, _ in parted) + 1):
         for where, row in parted:
             if where == place:
-                gap = _steps_apart(logits[row], ours[row][place], theirs[row][place])
+                gap = _steps_apart(logits[row], expected[row][place], found[row][place])
                 steps = max(steps, gap)
         if place < max(where for where, _ in parted):
-            logits = engine.decode(torch.tensor([row[place] for row in ours], device=logits.device))
+            logits = engine.decode(
+                torch.tensor([row[place] for row in expected], device=logits.device)
+            )
     return {"token": min(parted)[0], "row": min(parted)[1], "steps": steps}
 
 
