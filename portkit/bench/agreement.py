@@ -33,14 +33,20 @@ from portkit.decoding.device_session import DeviceSession
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages, default_folder
 from portkit.decoding.session import Session
-from portkit.generation.loop import Engine, ReadableBatch
+from portkit.generation.loop import Engine
+from portkit.loading import LoadedModel
+from portkit.parity.approximate import Loss, loss
+from portkit.parity.sites import SiteTable
 from portkit.quantizing import quantize
+from portkit.readable import ReadableBatch
 
 Rows = Sequence[Sequence[int]]
 
 _FLOOR_FACTOR = 1.25
 """How much further from float64 than the readable path rounding may take a path, as in parity."""
 _JUDGED_PROMPT, _JUDGED_STEPS = 24, 16
+_NUM_LOST_OF = 63
+"""Tokens behind the prompt on which it is counted what a quantised model loses."""
 
 
 @dataclass(frozen=True)
@@ -118,22 +124,36 @@ def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dic
             equal = torch.equal(logits, readable)
             found[engine] = "exact" if equal else "rounding" if near else "diverged"
         elif engine in QUANTIZED:
-            found[engine] = _approximate(model, QUANTIZED[engine], readable, prompts, forced)
+            found[engine] = "approximate"
     return found
 
 
-def _approximate(
-    model: CausalLM, scheme: str, readable: Tensor, prompts: Rows, forced: Tensor
-) -> str:
-    """What a path that is another model by intent loses, on the tokens that the others are fed."""
+def losses(loaded: LoadedModel, engines: Sequence[str]) -> dict[str, Loss]:
+    """What those of the paths lose that are another model by intent,.
+
+    One prompt, and tokens behind it that the fast path is given.
+    """
+    found = {}
+    for engine, scheme in QUANTIZED.items():
+        if engine in engines:
+            found[engine] = _loss(loaded, scheme)
+    return found
+
+
+def _loss(loaded: LoadedModel, scheme: str) -> Loss:
+    model, table = loaded.model, SiteTable(loaded.architecture.sites)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = min(_JUDGED_PROMPT + _NUM_LOST_OF, loaded.config.max_position_embeddings)
+    ids = torch.randint(loaded.config.vocab_size, (num_tokens,), generator=generator).to(device)
+    prompts, forced = [ids[:_JUDGED_PROMPT].tolist()], ids[_JUDGED_PROMPT:]
+    room = len(forced) + 1
+    readable = _logits(ReadableBatch(model, prompts, room), forced)
     other = copy.deepcopy(model)
     quantize(other, scheme)
     packages = Packages(default_folder(), lambda _: None)
-    logits = _logits(FastModel(other, packages).start(prompts, len(forced) + 1), forced)
-    ours, theirs = (one.double().log_softmax(-1) for one in (logits, readable))
-    divergence = float((theirs.exp() * (theirs - ours)).sum(-1).max())
-    lost = int((logits.argmax(-1) != readable.argmax(-1)).sum())
-    return f"approximate: KL at most {divergence:.1e}, {lost} of {len(logits)} tokens lost"
+    logits = _logits(FastModel(other, packages).start(prompts, room), forced)
+    return loss(model, other, (readable, logits), ids[None], table)
 
 
 @torch.inference_mode()

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from portkit.architecture import CausalLM
-from portkit.bench.agreement import Agreement, compare_tokens, judge_paths
+from portkit.bench.agreement import Agreement, compare_tokens, judge_paths, losses
 from portkit.bench.engines import EXACT, FAST, LLAMA_CPP
 from portkit.errors import BenchError
 from portkit.gguf import write_gguf
 from portkit.loading import load
+from portkit.parity.approximate import Loss
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class Row:
     compile_s: float
     bytes_per_token: int | None
     agreement: Agreement
-    compared: Agreement | None
+    compared: Agreement | None = None
+    loss: Loss | None = None
+    """Of a path that is another model by intent."""
 
     @property
     def same_tokens(self) -> bool:
@@ -101,6 +104,7 @@ class Row:
             "first_difference": self.agreement.first_difference,
             "compared": None if self.compared is None else self.compared.fields(),
             "verdict": self.agreement.verdict,
+            "loss": None if self.loss is None else self.loss.fields(),
         }
 
 
@@ -195,12 +199,17 @@ def measure(plan: Plan, advance: Callable[[str], None] = lambda _: None) -> list
             worker.close()
     # Only now, when nothing is measured any more.
     advance("the verdicts")
-    model = load(plan.repo, dtype=plan.dtype, device=plan.device).model
-    verdicts = judge_paths(model, plan.engines, plan.vocab_size)
+    loaded = load(plan.repo, dtype=plan.dtype, device=plan.device)
+    verdicts = judge_paths(loaded.model, plan.engines, plan.vocab_size)
+    lost = losses(loaded, plan.engines)
     advance("whether tokens agree")
     prompts = prompts_of(plan.vocab_size, plan.compared_prompt, 1)
-    compared = compare_tokens(model, prompts, long, verdicts) if long else {}
-    return [row for cell in cells for row in cell.rows(model, verdicts, compared)]
+    compared = compare_tokens(loaded.model, prompts, long, verdicts) if long else {}
+    return [
+        replace(row, compared=compared.get(row.engine), loss=lost.get(row.engine))
+        for cell in cells
+        for row in cell.rows(loaded.model, verdicts)
+    ]
 
 
 def _continued(
@@ -245,12 +254,7 @@ class _Cell:
                 if number > 0:
                     self._answers[engine].append(answer)
 
-    def rows(
-        self,
-        model: CausalLM,
-        verdicts: Mapping[str, str],
-        compared: Mapping[str, Agreement],
-    ) -> list[Row]:
+    def rows(self, model: CausalLM, verdicts: Mapping[str, str]) -> list[Row]:
         """Medians, and whether the tokens agree."""
         tokens = {engine: found[-1]["token_ids"] for engine, found in self._answers.items()}
         agreements = compare_tokens(model, self._prompts, tokens, verdicts)
@@ -267,7 +271,6 @@ class _Cell:
                 compile_s=found[-1]["compile_s"],
                 bytes_per_token=found[-1].get("bytes_per_token"),
                 agreement=agreements[engine],
-                compared=compared.get(engine),
             )
             for engine, found in self._answers.items()
         ]

@@ -119,7 +119,8 @@ def decode(
         )
     else:
         print(f"{_hardware(plan)}, reads at best {human_bytes(bandwidth)}/s")
-        print(table([_HEADINGS, *(_words(row, bandwidth) for row in rows)]))
+        lines = table([_HEADINGS, *(_words(row, bandwidth) for row in rows)]).splitlines()
+        print("\n".join([*lines, *_losses(rows)]))
     if plot:
         from portkit.bench.plotting import plot_speeds
 
@@ -244,6 +245,20 @@ def _words(row: Row, bandwidth: float) -> tuple[str, ...]:
         str(longest if row.agreement.same else row.agreement),
         row.agreement.verdict or "",
     )
+
+
+def _losses(rows: Sequence[Row]) -> list[str]:
+    """Of paths that are another model by intent: what they gain, what they lose, and where."""
+    lines = []
+    dense = next(row.bytes_per_token for row in rows if row.loss is None)
+    for row in {row.engine: row for row in reversed(rows)}.values():
+        if row.loss is not None:
+            assert row.bytes_per_token is not None
+            assert dense is not None
+            read = f"reads {human_bytes(row.bytes_per_token)} a token, not {human_bytes(dense)}"
+            lines += ["", f"{row.engine}: {read}; {row.loss}; local errors:"]
+            lines += [f"  {name} {error:.1e}" for name, error in row.loss.blocks.items()]
+    return lines
 
 
 def _plan(
