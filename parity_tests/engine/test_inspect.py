@@ -45,7 +45,7 @@ def test_every_family_is_inspected(
 
 
 @pytest.mark.parametrize(
-    "dense, told",
+    ("dense", "told"),
     [([0, 1, 4], "2-3, 5"), ([0, 2, 4], "1, 3, 5"), ([], "0-5"), (list(range(6)), "none")],
 )
 def test_layers_are_told_by_their_numbers(
