@@ -1,7 +1,8 @@
 """The catalogue on models whose layers are wired in ways of their own.
 
 Several streams and shared keys, a parallel block, layers without positions, one window for all:
-each place is computed in every bit, what such a model can get wrong applies to it, and nothing that applies gets past.
+each place is computed in every bit, what such a model can get wrong applies to it, and nothing that
+applies gets past.
 """
 
 from __future__ import annotations
