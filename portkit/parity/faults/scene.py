@@ -64,7 +64,7 @@ class Facts:
 
     def window(self, attention: str) -> int | None:
         """How many keys a layer's query sees, itself included; None: all."""
-        module = self.modules[attention]
+        module: Any = self.modules[attention]
         if hasattr(module, "sliding_window"):
             found = module.sliding_window
         elif not hasattr(self.config, "layer_types"):  # one window, of all layers
