@@ -326,9 +326,11 @@ def _measure(plan: Plan) -> tuple[float, list[Row]]:
     from portkit.bench.devices import bandwidth
 
     torch.set_num_threads(plan.threads)
-    ceiling = bandwidth(torch.device(plan.device))
+    # Before and behind the rest: how fast a machine is changes from minute to minute.
+    before = bandwidth(torch.device(plan.device))
     with with_gguf(plan) as whole, progress_bar("measuring", num_steps(plan)) as advance:
-        return ceiling, measure(whole, advance)
+        rows = measure(whole, advance)
+    return max(before, bandwidth(torch.device(plan.device))), rows
 
 
 def _check_others(against: Sequence[Against], gguf: str | None) -> None:
