@@ -41,6 +41,7 @@ ONE_EACH = [
     "gemma3 shallow",
     "gemma3n plain",
     "smollm3 sliding",
+    "qwen2 yarn sliding",
     "cohere2 with biases",
 ]
 DECIDES_NOTHING = {"pad_token_id", "max_position_embeddings"}
