@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from portkit.parity.probe import Pass
-from portkit.parity.sites import Side, SiteTable, Visit
+from portkit.parity.roles import Visit
+from portkit.parity.sites import Side, SiteTable
 
 Trace = dict[str, Tensor]
 
