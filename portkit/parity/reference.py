@@ -8,7 +8,6 @@ checked, because the reference itself goes on with random values where a tensor 
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -259,7 +258,10 @@ def load_reference(
         raise ReferenceUnavailable(
             "the reference, Transformers, is not installed: pip install 'portkit[parity]'"
         )
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    import transformers
+
+    said: Any = transformers.utils.logging
+    said.set_verbosity_error()  # once it is imported, which sets a level of its own
     notes: list[str] = []
     try:
         with _accepted(Path(directory), notes) as folder:
