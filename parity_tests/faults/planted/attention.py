@@ -265,12 +265,6 @@ PLANTINGS = (
     Planting("attention.padding_ignored", padding_ignored),
     Planting("attention.gqa_order", gqa_order, (GROUPED,)),
     Planting("attention.softcap_applied", Kernel(cap=50.0)),
-    Planting(
-        "attention.softmax_in_dtype",
-        Kernel(wide_softmax=False),
-        dtypes=LOW,
-        kernel="eager",
-        harmless="torch's softmax of bfloat16 computes in float32 on the CPU: no bit differs",
-    ),
+    Planting("attention.softmax_in_dtype", Kernel(wide_softmax=False), dtypes=LOW, kernel="eager"),
     Planting("attention.value_rotated", _turns(_value_rotated, "#value")),
 )
