@@ -238,8 +238,8 @@ class Logits:
         made = scene.at("lm_head")
         if made is None:
             return made
-        made = made if self.cap is None else torch.tanh(made / self.cap) * self.cap
-        return made if self.scale == 1.0 else made * self.scale
+        made = made if self.scale == 1.0 else made * self.scale
+        return made if self.cap is None else torch.tanh(made / self.cap) * self.cap
 
 
 def logits(config: Any) -> Logits:
