@@ -1,6 +1,6 @@
 """Mistral 7B (Jiang et al. 2023, arXiv:2310.06825), and what shares its shape.
 
-A decoder like Mistral's, departing from it in two places:
+A decoder like Llama's, departing from it in two places:
 
 - every layer attends within a sliding window, where `sliding_window` is not null: 4,096 tokens in
   the first release, all of them in later ones, where the file says null;

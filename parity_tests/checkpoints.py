@@ -65,7 +65,7 @@ def llama4(**config: Any) -> Tiny:
     return Tiny("Llama4", given)
 
 
-def _mistral(**config: Any) -> Tiny:
+def mistral(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
     return Tiny("Mistral", {**_SHARED, **heads, "head_dim": 40, "sliding_window": 24, **config})
 
@@ -179,8 +179,8 @@ TINY: dict[str, Tiny] = {
         num_attention_heads=4,
         num_hidden_layers=12,
     ),
-    "mistral": _mistral(num_hidden_layers=12),
-    "mistral without a window": _mistral(
+    "mistral": mistral(num_hidden_layers=12),
+    "mistral without a window": mistral(
         sliding_window=None,
         head_dim=None,
         num_attention_heads=4,

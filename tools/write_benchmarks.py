@@ -2,10 +2,10 @@
 
     mkdir -p build
     PYTEST_ADDOPTS=--benchmark-json=build/benchmarks.json make bench
-    python tools/write_benchmarks.py build/benchmarks.json [--out docs/benchmarks.md]
+    python tools/write_benchmarks.py build/benchmarks.json [RUN ...] [--out docs/benchmarks.md]
 
-Knows the page and the fields that parity_tests/benchmarks stores; measures nothing itself. What a
-run left out is named on the page.
+Knows the page and the fields that parity_tests/benchmarks stores; measures nothing itself. Of what
+several runs of one machine measured the last counts; what none did is named on the page.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "parity_tests" / "benchmarks"
 PAGE = """# Benchmarks
 
-Written by `tools/write_benchmarks.py` from a run of `make bench`; not by hand. Both sides run in
+Written by `tools/write_benchmarks.py` from runs of `make bench`; not by hand. Both sides run in
 turn on the same machine, medians are compared, and what counts is the ratio.
 
 - checkpoint: random bfloat16 weights in the size of Gemma 3 270M, in the page cache; a training
@@ -37,6 +38,9 @@ the file of {file_bytes:,}; the target is under {target:.0%}.
 """
 EXPERTS = """While 3,072 expert tensors, a file of {file_bytes:,} bytes, are opened, anonymous
 memory grows by up to {peak_bytes:,} bytes, and in Transformers by {theirs_peak_bytes:,}.
+"""
+BY_LAYER = """Of a table of embeddings by layer, {table_bytes:,} bytes in the mapped file, a pass of
+{num_tokens} tokens makes {read_bytes:,} bytes resident, the pages around the rows that it reads.
 """
 PROOF = """A proof with the default probe adds {proof_bytes:,} bytes at its peak. The target is
 {proof_target_bytes:,}: two and a half checkpoints, what the largest pass records, one layer and
@@ -62,12 +66,28 @@ def page(run: dict[str, Any]) -> str:
             parts.append(EXPERTS.format(**one))
         if "proof_bytes" in one:
             parts.append(PROOF.format(**one))
+        if "table_bytes" in one:
+            parts.append(BY_LAYER.format(**one))
     ran = {benchmark["fullname"].partition("[")[0] for benchmark in run["benchmarks"]}
     missing = [one for one in benchmarks() if one not in ran]
     if missing:
         listed = "".join(f"- `{one}`\n" for one in missing)
-        parts.append(f"Not measured in this run:\n\n{listed}")
+        parts.append(f"Not measured:\n\n{listed}")
     return "\n".join(parts)
+
+
+def together(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several runs measured, each benchmark as it was measured last.
+
+    Exits where they are not of one machine and the same packages: figures are not mixed then.
+    """
+    machine = runs[-1]["machine_info"]
+    for run in runs:
+        for key in ("usable_cores", "system", "machine", "versions"):
+            if run["machine_info"][key] != machine[key]:
+                sys.exit(f"write_benchmarks: runs differ in {key}: {run['machine_info'][key]}")
+    latest = {one["fullname"]: one for run in runs for one in run["benchmarks"]}
+    return {"machine_info": machine, "benchmarks": [*latest.values()]}
 
 
 def _row(one: dict[str, Any]) -> str:
@@ -90,10 +110,12 @@ def benchmarks() -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write docs/benchmarks.md from a measured run.")
-    parser.add_argument("run", type=Path, help="what pytest wrote with --benchmark-json")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="what pytest wrote with --benchmark-json"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
     options = parser.parse_args()
-    run = json.loads(options.run.read_text(encoding="utf-8"))
+    run = together([json.loads(one.read_text(encoding="utf-8")) for one in options.runs])
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(page(run), encoding="utf-8")
 

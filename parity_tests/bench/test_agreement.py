@@ -11,8 +11,8 @@ from parity_tests.conftest import CheckpointMaker
 from portkit.bench.agreement import compare_tokens, judge_paths
 from portkit.bench.engines import EAGER, READABLE, TRANSFORMERS
 from portkit.bench.true_logits import true_logits
-from portkit.generation.loop import ReadableBatch
 from portkit.loading import load
+from portkit.readable import ReadableBatch
 
 PROMPTS = [[5, 6, 7], [8, 9, 10]]
 

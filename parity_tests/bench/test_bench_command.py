@@ -18,7 +18,7 @@ DEMO = Path(portkit.__file__).parent / "demo_checkpoint"
 KEYS = {
     "engine", "dtype", "batch", "context", "tokens_per_s", "ms_per_token", "prefill_ms",
     "compile_s", "peak_rss_bytes", "peak_device_bytes", "bytes_per_token",
-    "bandwidth_fraction", "same_tokens", "first_difference", "verdict",
+    "bandwidth_fraction", "same_tokens", "first_difference", "compared", "verdict",
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_decode_measures_each_engine_and_says_whether_it_is_right(
 ) -> None:
     image = tmp_path / "speeds.svg"
     asked = ("--context", "9", "--batch", "1,2", "--tokens", "6", "--rounds", "1", "--threads", "1")
-    others = ("--against", "transformers", "--plot", str(image))
+    others = ("--against", "transformers", "--plot", str(image), "--compare", "40")
     assert run("decode", str(DEMO), *asked, *others, "--json") == 0
     said = capsys.readouterr()
     found = json.loads(said.out)
@@ -55,6 +55,8 @@ def test_decode_measures_each_engine_and_says_whether_it_is_right(
     for row in rows.values():
         assert set(row) == KEYS
         assert row["same_tokens"] is True
+        assert row["compared"]["num_tokens"] == 40
+        assert row["compared"]["same_tokens"] is True
         assert row["tokens_per_s"] == pytest.approx(1000 * row["batch"] / row["ms_per_token"])
     assert rows["readable", 1]["verdict"] == "exact"
     assert rows["fast, not compiled", 1]["verdict"] in ("exact", "rounding")

@@ -21,8 +21,8 @@ from parity_tests.benchmarks.test_opening import record
 from portkit.architecture import CausalLM
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages, default_folder
-from portkit.generation.loop import ReadableBatch
 from portkit.loading import load
+from portkit.readable import ReadableBatch
 
 CONTEXT, NUM_TOKENS, ROUNDS = 128, 16, 7
 

@@ -157,3 +157,4 @@ def test_memory_of_a_proof(benchmark: BenchmarkFixture, released_size: Path) -> 
     target_bytes = int(2.5 * file_bytes) + largest + float64_layer + head
     benchmark.extra_info.update(proof_bytes=grown, proof_target_bytes=target_bytes)
     say(f"a proof adds {grown:,} bytes at its peak; the target is {target_bytes:,}")
+    assert grown <= target_bytes

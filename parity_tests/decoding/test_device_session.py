@@ -32,9 +32,10 @@ from portkit.decoding.device_session import DeviceSession, Greedy
 from portkit.decoding.fast import FastModel
 from portkit.decoding.replay import Outbox, Replay
 from portkit.errors import GenerationError
-from portkit.generation.loop import ReadableBatch, generate
+from portkit.generation.loop import generate
 from portkit.generation.settings import GenerationSettings
 from portkit.loading import load
+from portkit.readable import ReadableBatch
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,6 @@ from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages
 from portkit.decoding.session import Session
 from portkit.errors import ProbeError
-from portkit.generation.loop import ReadableBatch
 from portkit.loading import COMPUTE_DTYPES, draw, load, materialize, open_checkpoint
 from portkit.nn.cache import Cache
 from portkit.parity.decode import COMPILED, FAST, RING, Matrix, decode_matrix
@@ -44,6 +43,7 @@ from portkit.parity.feeding import (
 from portkit.parity.judge import Verdict
 from portkit.parity.reference import load_reference
 from portkit.parity.sites import SiteTable
+from portkit.readable import ReadableBatch
 
 WINDOW = 24
 NUM_DECODED = 30

@@ -20,8 +20,8 @@ from portkit.decoding import fusing, operations
 from portkit.decoding.device_session import DeviceSession, Greedy
 from portkit.decoding.fast import FastModel
 from portkit.decoding.runners import by_kernels
-from portkit.generation.loop import ReadableBatch
 from portkit.loading import load
+from portkit.readable import ReadableBatch
 
 pytest.importorskip("triton", reason="needs Triton, which torch's CUDA builds bring")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from portkit.decoding.likeliest import likeliest
+from portkit.nn.likeliest import likeliest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,8 +20,8 @@ from portkit.decoding.compiler import Recipe, recipe
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages, default_folder
 from portkit.decoding.session import Session
-from portkit.generation.loop import ReadableBatch
 from portkit.loading import load
+from portkit.readable import ReadableBatch
 
 
 def some_recipe() -> Recipe:

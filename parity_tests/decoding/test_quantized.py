@@ -12,16 +12,16 @@ from torch import Tensor, nn
 import portkit
 from parity_tests.conftest import CheckpointMaker
 from parity_tests.decoding.test_equivalence import NUM_DECODED, logits_of, prompts
-from portkit.bench.agreement import judge_paths
+from portkit.bench.agreement import judge_paths, losses
 from portkit.bench.roofline import bytes_per_token
 from portkit.cli import main
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages
 from portkit.errors import QuantizationError
-from portkit.generation.loop import ReadableBatch
 from portkit.loading import load
 from portkit.nn.quantized import Int4Linear, Int8Linear
 from portkit.quantizing import quantize
+from portkit.readable import ReadableBatch
 
 DEMO = str(Path(portkit.__file__).parent / "demo_checkpoint")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -134,7 +134,19 @@ def test_compiled_eight_bits(tiny_checkpoint: CheckpointMaker, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_bench_says_what_is_lost() -> None:
-    found = judge_paths(load(DEMO).model, ["fast, int8", "fast, int4"], 256)
-    for verdict in found.values():
-        assert verdict.startswith("approximate: KL at most ")
-        assert verdict.endswith(" of 17 tokens lost")
+    engines = ["fast, int8", "fast, int4"]
+    loaded = load(DEMO)
+    assert judge_paths(loaded.model, engines, 256) == dict.fromkeys(engines, "approximate")
+    found = losses(loaded, engines)
+    int8, int4 = (found[engine] for engine in engines)
+    assert 0 < int8.divergence < int4.divergence < 1
+    assert int8.num_lost <= int4.num_lost < int4.num_tokens == 64
+    layers = {f"model.layers.{n}" for n in range(loaded.config.num_hidden_layers)}
+    assert set(int8.blocks) == set(int4.blocks) == {*layers, "lm_head"}
+    for name in layers:
+        assert 1e-4 < int8.blocks[name] < int4.blocks[name] < 0.3
+    assert int8.blocks["lm_head"] == int4.blocks["lm_head"], "8 bits in both"
+    assert (
+        int4.sites["model.layers.0.self_attn.q_proj"]
+        > 3 * (int8.sites["model.layers.0.self_attn.q_proj"])
+    )

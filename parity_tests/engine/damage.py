@@ -2,7 +2,7 @@
 
 A damage is a function of the checkpoint's folder, made from the few moves that spoil files: cut,
 put, remove, and an edit of a config, an index, a header or the tensors. A case is a row of the
-tables in `bad_weights`, `bad_configs` and `test_bad_input`; what they expect is their business.
+tables in `bad_weights`, `bad_configs` and their like; what they expect is their business.
 """
 
 from __future__ import annotations

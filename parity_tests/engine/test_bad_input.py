@@ -1,7 +1,7 @@
 """Bad input: one table, one test. Each row gets its exit code and one line that helps.
 
-The rows are in `bad_weights`, `bad_configs` and `bad_surroundings`. Behind the table: the sound
-neighbours of some rows, damage at random, and what is not the input's fault.
+The rows are in `bad_weights`, `bad_configs`, `bad_layers` and `bad_surroundings`. Behind the table:
+the sound neighbours of some rows, damage at random, and what is not the input's fault.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from parity_tests.engine.bad_configs import (
     required_field_cases,
     required_fields,
 )
+from parity_tests.engine.bad_layers import FAMILY_VALUES
 from parity_tests.engine.bad_surroundings import EXPORTS, SURROUNDINGS
 from parity_tests.engine.bad_weights import FILES, PICKLES, SHARDED, TENSORS
 from parity_tests.engine.damage import (
@@ -68,6 +69,7 @@ CASES = [
     *PICKLES,
     *CONFIG_FILE,
     *CONFIG_VALUES,
+    *FAMILY_VALUES,
     *required_field_cases(),
     *SURROUNDINGS,
     *EXPORTS,

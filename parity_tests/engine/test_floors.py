@@ -27,6 +27,7 @@ FLOORS = {
     "portkit.slicing": 5,
     "portkit.loading": 4,
     "portkit.quantizing": 4,
+    "portkit.readable": 4,
     "portkit.tokenizer": 4,
     "portkit.registry": 3,
     "architectures": 3,

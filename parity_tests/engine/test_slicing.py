@@ -75,10 +75,13 @@ def test_layers_can_be_dropped_in_the_middle(
     assert unequal_passes(out, torch.float32, "eager") == []
 
 
-def test_of_a_multimodal_checkpoint_the_text_model_is_written(tmp_path: Path) -> None:
+def test_of_a_multimodal_checkpoint_the_text_model_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, out = tmp_path / "source", tmp_path / "text"
     save_tiny_with_towers(source, torch.bfloat16)
-    assert run(source, out) == 0
+    assert run(source, out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["model_type"] == "gemma3n_text"
     before, after = tensors(source), tensors(out)
     prefix = "model.language_model."
     assert after

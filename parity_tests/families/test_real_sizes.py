@@ -45,6 +45,17 @@ class Released:
     changed: dict[str, Any] = field(default_factory=dict)
 
 
+# Sparse and dense feed-forwards, of either kind of attention, and layers that share keys.
+GEMMA_3N = {
+    "num_hidden_layers": 5,
+    "intermediate_size": [8192] * 5,
+    "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
+    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0],
+    "num_kv_shared_layers": 2,
+    "sliding_window": 128,
+    "vocab_size": 4093,
+    "vocab_size_per_layer_input": 4001,
+}
 RELEASED = {
     "Gemma 3 270M": Released("google__gemma-3-270m-it"),
     "Gemma 3 1B": Released("google__gemma-3-1b-it", 6, {"sliding_window": 128}),
@@ -74,19 +85,11 @@ RELEASED = {
             "vocab_size": 4093,
         },
     ),
-    # Sparse and dense feed-forwards, of either kind of attention, and layers that share keys.
-    "Gemma 3n E2B": Released(
+    "Gemma 3n E2B": Released("google__gemma-3n-E2B-it.text.derived", changed=GEMMA_3N),
+    # Its layers are E2B's with feed-forwards of twice the width.
+    "Gemma 3n E4B": Released(
         "google__gemma-3n-E2B-it.text.derived",
-        changed={
-            "num_hidden_layers": 5,
-            "intermediate_size": [8192] * 5,
-            "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
-            "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0],
-            "num_kv_shared_layers": 2,
-            "sliding_window": 128,
-            "vocab_size": 4093,
-            "vocab_size_per_layer_input": 4001,
-        },
+        changed=GEMMA_3N | {"intermediate_size": [16384] * 5},
     ),
     "Mistral 7B": Released(
         "mistralai__Mistral-7B-v0.1", 1, {"sliding_window": 128, "vocab_size": 4093}

@@ -21,6 +21,7 @@ from parity_tests.checkpoints import (
     gemma3n,
     llama,
     llama4,
+    mistral,
     qwen3,
     qwen3_moe,
     smollm3,
@@ -123,6 +124,10 @@ OWN: dict[str, Tiny] = {
     "smollm3 square": smollm3(**_SQUARE, head_dim=40, no_rope_layers=[1, 0]),
     "smollm3 linear": smollm3(**_SHALLOW, rope_scaling=_LINEAR, no_rope_layers=[1, 0]),
     "smollm3 deep": smollm3(),
+    "mistral": mistral(**_SHALLOW),
+    "mistral square": mistral(**_SQUARE, tie_word_embeddings=True),
+    "mistral linear": mistral(**_SHALLOW, rope_scaling=_LINEAR, sliding_window=None),
+    "mistral deep": mistral(num_hidden_layers=12),
 }
 FAMILIES: dict[str, tuple[str, ...]] = {
     family: tuple(name for name in OWN if name.partition(" ")[0] == family)
@@ -135,6 +140,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "cohere2",
         "gemma3n",
         "smollm3",
+        "mistral",
     )
 }
 DTYPES = ("float32", "bfloat16")

@@ -14,10 +14,11 @@ from parity_tests.generation.specimens import write_checkpoint
 from portkit.architecture import CausalLM
 from portkit.bench.agreement import compare_tokens
 from portkit.errors import GenerationError
-from portkit.generation.loop import ReadableBatch, Startable, generate
+from portkit.generation.loop import Startable, generate
 from portkit.generation.settings import GenerationSettings
 from portkit.generation.speculation import LookupSession, Speculative
 from portkit.loading import load
+from portkit.readable import ReadableBatch
 
 DEMO = Path(portkit.__file__).parent / "demo_checkpoint"
 

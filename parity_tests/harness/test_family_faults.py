@@ -1,7 +1,8 @@
 """The catalogue on models whose layers are wired in ways of their own.
 
-Several streams and shared keys, a parallel block, layers without positions: each place is computed
-in every bit, what such a model can get wrong applies to it, and nothing that applies gets past.
+Several streams and shared keys, a parallel block, layers without positions, one window for all:
+each place is computed in every bit, what such a model can get wrong applies to it, and nothing that
+applies gets past.
 """
 
 from __future__ import annotations
@@ -45,12 +46,20 @@ PARALLEL = {
     "precision.rotation_not_upcast",
 }
 UNPLACED = {"rope.applied_everywhere", "rope.shifted_by_a_layer"}
-APPLY = {
-    "gemma3n": STREAMS,  # its coefficients are too small to be clipped
-    "cohere2": PARALLEL | UNPLACED,
-    "smollm3": UNPLACED,
+WINDOWED = {
+    "attention.window_plus_one",
+    "attention.window_minus_one",
+    "attention.window_ignored",
+    "cache.overwritten_early",
+    "cache.overwritten_late",
 }
-OF_THESE = STREAMS | PARALLEL | UNPLACED
+APPLY = {
+    "gemma3n": STREAMS | WINDOWED,  # its coefficients are too small to be clipped
+    "cohere2": PARALLEL | UNPLACED | WINDOWED,
+    "smollm3": UNPLACED,
+    "mistral": WINDOWED,
+}
+OF_THESE = STREAMS | PARALLEL | UNPLACED | WINDOWED
 
 
 @pytest.mark.parametrize("name", APPLY)

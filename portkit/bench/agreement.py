@@ -1,8 +1,9 @@
 """No speed without its proof: are the tokens the readable model's, and what is the path's verdict?
 
 Two greedy continuations agree where they are equal, or where they first part at two tokens whose
-logits are within one step of the dtype of each other: there rounding decides. The readable model,
-which is the reference bit for bit, is asked for those logits. Knows models and tokens, no clocks.
+logits are within one step of the dtype of each other: there rounding decides. Transformers' tokens
+are what others are held against where it takes part, the readable model's elsewhere. That is the
+reference bit for bit, and is asked for the logits. Knows models and tokens, no clocks.
 """
 
 from __future__ import annotations
@@ -11,52 +12,87 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from portkit.architecture import CausalLM
-from portkit.bench.engines import EAGER, EXACT, FAST, KERNELS, QUANTIZED, READABLE, runner_of
+from portkit.bench.engines import (
+    EAGER,
+    EXACT,
+    FAST,
+    KERNELS,
+    QUANTIZED,
+    READABLE,
+    TRANSFORMERS,
+    runner_of,
+)
 from portkit.bench.true_logits import true_logits
 from portkit.decoding.device_session import DeviceSession
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages, default_folder
 from portkit.decoding.session import Session
-from portkit.generation.loop import Engine, ReadableBatch
+from portkit.generation.loop import Engine
+from portkit.loading import LoadedModel
+from portkit.parity.approximate import Loss, loss
+from portkit.parity.sites import SiteTable
 from portkit.quantizing import quantize
+from portkit.readable import ReadableBatch
 
 Rows = Sequence[Sequence[int]]
 
 _FLOOR_FACTOR = 1.25
 """How much further from float64 than the readable path rounding may take a path, as in parity."""
 _JUDGED_PROMPT, _JUDGED_STEPS = 24, 16
+_NUM_LOST_OF = 63
+"""Tokens behind the prompt on which it is counted what a quantised model loses."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How an engine's tokens compare with the readable model's.
+    """How an engine's tokens compare with the reference's, or the readable model's.
 
     `same`: equal, or parted by rounding. `first_difference`: where the first row parts, and by how
-    many steps of the dtype its two logits differ there; None where all is equal. `verdict`: exact,
-    rounding or diverged; None of an engine that is not ours.
+    many steps of the dtype its two logits differ there; None where all is equal. `num_tokens`: how
+    many a row has. `verdict`: exact, rounding or diverged; None of an engine that is not ours.
     """
 
     same: bool
     first_difference: dict[str, float] | None
+    num_tokens: int
     verdict: str | None
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON has it, without the verdict, which is the engine's."""
+        return {
+            "num_tokens": self.num_tokens,
+            "same_tokens": self.same,
+            "first_difference": self.first_difference,
+        }
+
+    def __str__(self) -> str:
+        if self.first_difference is None:
+            return f"yes, all {self.num_tokens}"
+        place, steps = self.first_difference["token"], self.first_difference["steps"]
+        same = "yes" if self.same else "no"
+        return f"{same}, to {place:.0f} of {self.num_tokens}: {steps:.1f} steps apart"
 
 
 def compare_tokens(
     model: CausalLM, prompts: Rows, tokens: Mapping[str, Rows], verdicts: Mapping[str, str]
 ) -> dict[str, Agreement]:
-    """Each engine's agreement with the readable model, whose tokens are made if none gave them."""
+    """Each engine's agreement with Transformers, or where it took no part the readable model,
+    whose tokens are made if none gave them.
+    """
     num_tokens = max(len(row) for rows in tokens.values() for row in rows)
-    readable = tokens.get(READABLE) or _continue(model, prompts, num_tokens)
+    expected = tokens.get(TRANSFORMERS) or tokens.get(READABLE)
+    expected = expected or _continue(model, prompts, num_tokens)
     found = {}
     for engine, rows in tokens.items():
-        difference = _first_difference(model, prompts, readable, rows)
+        difference = _first_difference(model, prompts, expected, rows)
         same = difference is None or difference["steps"] <= 1
-        found[engine] = Agreement(same, difference, verdicts.get(engine))
+        found[engine] = Agreement(same, difference, num_tokens, verdicts.get(engine))
     return found
 
 
@@ -88,22 +124,36 @@ def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dic
             equal = torch.equal(logits, readable)
             found[engine] = "exact" if equal else "rounding" if near else "diverged"
         elif engine in QUANTIZED:
-            found[engine] = _approximate(model, QUANTIZED[engine], readable, prompts, forced)
+            found[engine] = "approximate"
     return found
 
 
-def _approximate(
-    model: CausalLM, scheme: str, readable: Tensor, prompts: Rows, forced: Tensor
-) -> str:
-    """What a path that is another model by intent loses, on the tokens that the others are fed."""
+def losses(loaded: LoadedModel, engines: Sequence[str]) -> dict[str, Loss]:
+    """What those of the paths lose that are another model by intent,.
+
+    One prompt, and tokens behind it that the fast path is given.
+    """
+    found = {}
+    for engine, scheme in QUANTIZED.items():
+        if engine in engines:
+            found[engine] = _loss(loaded, scheme)
+    return found
+
+
+def _loss(loaded: LoadedModel, scheme: str) -> Loss:
+    model, table = loaded.model, SiteTable(loaded.architecture.sites)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = min(_JUDGED_PROMPT + _NUM_LOST_OF, loaded.config.max_position_embeddings)
+    ids = torch.randint(loaded.config.vocab_size, (num_tokens,), generator=generator).to(device)
+    prompts, forced = [ids[:_JUDGED_PROMPT].tolist()], ids[_JUDGED_PROMPT:]
+    room = len(forced) + 1
+    readable = _logits(ReadableBatch(model, prompts, room), forced)
     other = copy.deepcopy(model)
     quantize(other, scheme)
     packages = Packages(default_folder(), lambda _: None)
-    logits = _logits(FastModel(other, packages).start(prompts, len(forced) + 1), forced)
-    ours, theirs = (one.double().log_softmax(-1) for one in (logits, readable))
-    divergence = float((theirs.exp() * (theirs - ours)).sum(-1).max())
-    lost = int((logits.argmax(-1) != readable.argmax(-1)).sum())
-    return f"approximate: KL at most {divergence:.1e}, {lost} of {len(logits)} tokens lost"
+    logits = _logits(FastModel(other, packages).start(prompts, room), forced)
+    return loss(model, other, (readable, logits), ids[None], table)
 
 
 @torch.inference_mode()
@@ -129,11 +179,11 @@ def _continue(model: CausalLM, prompts: Rows, num_tokens: int) -> list[list[int]
 
 @torch.inference_mode()
 def _first_difference(
-    model: CausalLM, prompts: Rows, ours: Rows, theirs: Rows
+    model: CausalLM, prompts: Rows, expected: Rows, found: Rows
 ) -> dict[str, float] | None:
     parted = [
         (next(i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), row)
-        for row, (x, y) in enumerate(zip(ours, theirs, strict=True))
+        for row, (x, y) in enumerate(zip(expected, found, strict=True))
         if list(x) != list(y)
     ]
     if not parted:
@@ -145,10 +195,12 @@ def _first_difference(
     for place in range(max(place for place, _ in parted) + 1):
         for where, row in parted:
             if where == place:
-                gap = _steps_apart(logits[row], ours[row][place], theirs[row][place])
+                gap = _steps_apart(logits[row], expected[row][place], found[row][place])
                 steps = max(steps, gap)
         if place < max(where for where, _ in parted):
-            logits = engine.decode(torch.tensor([row[place] for row in ours], device=logits.device))
+            logits = engine.decode(
+                torch.tensor([row[place] for row in expected], device=logits.device)
+            )
     return {"token": min(parted)[0], "row": min(parted)[1], "steps": steps}
 
 

@@ -6,6 +6,7 @@ Knows how rounds are arranged and what a row of the result is; how an engine run
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,22 +15,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import Any
 
 import torch
 
 from portkit.architecture import CausalLM
-from portkit.bench.agreement import Agreement, compare_tokens, judge_paths
+from portkit.bench.agreement import Agreement, compare_tokens, judge_paths, losses
 from portkit.bench.engines import EXACT, FAST, LLAMA_CPP
 from portkit.errors import BenchError
 from portkit.gguf import write_gguf
 from portkit.loading import load
+from portkit.parity.approximate import Loss
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. `num_tokens` per run, the first of which the prefill gives."""
+    """What is measured. `num_tokens` per run, the first of which the prefill gives.
+
+    Once and untimed, each engine continues a prompt of `compared_prompt` tokens by `num_compared`:
+    what a few tokens hide many show. 0 leaves that out.
+    """
 
     repo: str
     dtype: str
@@ -42,11 +48,16 @@ class Plan:
     vocab_size: int
     gguf: str | None = None
     device: str = "cpu"
+    compared_prompt: int = 0
+    num_compared: int = 0
 
 
 @dataclass(frozen=True)
 class Row:
-    """An engine at one context and batch; seconds are medians over the rounds."""
+    """An engine at one context and batch; seconds are medians over the rounds.
+
+    `agreement` is that of the tokens it was timed with, `compared` that of the long continuation.
+    """
 
     engine: str
     dtype: str
@@ -59,6 +70,14 @@ class Row:
     compile_s: float
     bytes_per_token: int | None
     agreement: Agreement
+    compared: Agreement | None = None
+    loss: Loss | None = None
+    """Of a path that is another model by intent."""
+
+    @property
+    def same_tokens(self) -> bool:
+        """In both continuations."""
+        return self.agreement.same and (self.compared is None or self.compared.same)
 
     @property
     def tokens_per_s(self) -> float:
@@ -81,9 +100,11 @@ class Row:
             "peak_device_bytes": self.peak_device_bytes,
             "bytes_per_token": read,
             "bandwidth_fraction": None if read is None else read / self.step_s / bandwidth,
-            "same_tokens": self.agreement.same,
+            "same_tokens": self.same_tokens,
             "first_difference": self.agreement.first_difference,
+            "compared": None if self.compared is None else self.compared.fields(),
             "verdict": self.agreement.verdict,
+            "loss": None if self.loss is None else self.loss.fields(),
         }
 
 
@@ -98,7 +119,9 @@ class Worker:
             "threads": plan.threads,
             "device": plan.device,
             "gguf": plan.gguf,
-            "context": max(plan.contexts) + plan.num_tokens,
+            "context": max(
+                max(plan.contexts) + plan.num_tokens, plan.compared_prompt + plan.num_compared
+            ),
         }
         self._engine = engine
         self._process = subprocess.Popen(
@@ -141,45 +164,71 @@ class Worker:
 
 @contextmanager
 def with_gguf(plan: Plan) -> Iterator[Plan]:
-    """The plan with a file for llama.cpp, made for as long as it is needed where none is given."""
+    """The plan with a file for llama.cpp, made for as long as it is needed where none is given.
+
+    Where the system lets processes open each other's files it has no name: whatever ends this
+    process, nothing is left behind.
+    """
     if plan.gguf is not None or LLAMA_CPP not in plan.engines:
         yield plan
         return
-    with TemporaryDirectory(prefix="portkit-") as folder:
-        path = Path(folder) / "model.gguf"
+    opened = Path(f"/proc/{os.getpid()}/fd")
+    with TemporaryFile() if opened.is_dir() else NamedTemporaryFile(suffix=".gguf") as file:
+        path = opened / str(file.fileno()) if opened.is_dir() else Path(file.name)
         write_gguf(load(plan.repo, dtype=plan.dtype, device="cpu"), path)
         yield replace(plan, gguf=str(path))
 
 
-def measure(plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Row]:
+def measure(plan: Plan, advance: Callable[[str], None] = lambda _: None) -> list[Row]:
     """All engines at each context and batch, in turn within each round; a warm-up comes first.
 
-    `advance` is called after each of `num_runs(plan)` runs.
+    `advance` is called before each of `num_steps(plan)` steps, with what comes.
     """
     workers: dict[str, Worker] = {}
-    cells = []
+    cells, long = [], {}
     try:
         for engine in plan.engines:
             workers[engine] = Worker(plan, engine)
         for context in plan.contexts:
             for batch in plan.batches:
                 cells.append(_Cell(plan, workers, context, batch, advance))
+        if plan.num_compared:
+            long = _continued(plan, workers, advance)
     finally:
         for worker in workers.values():
             worker.close()
     # Only now, when nothing is measured any more.
-    model = load(plan.repo, dtype=plan.dtype, device=plan.device).model
-    verdicts = judge_paths(model, plan.engines, plan.vocab_size)
-    return [row for cell in cells for row in cell.rows(model, verdicts)]
+    advance("the verdicts")
+    loaded = load(plan.repo, dtype=plan.dtype, device=plan.device)
+    verdicts = judge_paths(loaded.model, plan.engines, plan.vocab_size)
+    lost = losses(loaded, plan.engines)
+    advance("whether tokens agree")
+    prompts = prompts_of(plan.vocab_size, plan.compared_prompt, 1)
+    compared = compare_tokens(loaded.model, prompts, long, verdicts) if long else {}
+    return [
+        replace(row, compared=compared.get(row.engine), loss=lost.get(row.engine))
+        for cell in cells
+        for row in cell.rows(loaded.model, verdicts)
+    ]
 
 
-def num_runs(plan: Plan) -> int:
+def _continued(
+    plan: Plan, workers: Mapping[str, Worker], advance: Callable[[str], None]
+) -> dict[str, list[list[int]]]:
+    """Each engine's tokens behind the long prompt."""
+    found = {}
+    for engine, worker in workers.items():
+        advance(f"{engine}, {plan.num_compared} tokens behind {plan.compared_prompt}")
+        prompts = prompts_of(plan.vocab_size, plan.compared_prompt, 1)
+        found[engine] = worker.run(prompts, plan.num_compared)["token_ids"]
+    return found
+
+
+def num_steps(plan: Plan) -> int:
     """How often `measure` advances."""
-    return sum(
-        (plan.rounds + 1) * len(_taking_part(plan, batch))
-        for _ in plan.contexts
-        for batch in plan.batches
-    )
+    per_context = sum((plan.rounds + 1) * len(_taking_part(plan, one)) for one in plan.batches)
+    long = len(plan.engines) if plan.num_compared else 0
+    return len(plan.contexts) * per_context + long + 2
 
 
 class _Cell:
@@ -191,18 +240,19 @@ class _Cell:
         workers: Mapping[str, Worker],
         context: int,
         batch: int,
-        advance: Callable[[], None],
+        advance: Callable[[str], None],
     ) -> None:
         self._plan, self._context, self._batch = plan, context, batch
         self._prompts = prompts_of(plan.vocab_size, context, batch)
         engines = _taking_part(plan, batch)
         self._answers: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
         for number in range(plan.rounds + 1):
+            turn = f"round {number} of {plan.rounds}" if number else "warm-up"
             for engine in engines:
+                advance(f"{engine}, context {context}, {turn}")
                 answer = workers[engine].run(self._prompts, plan.num_tokens)
                 if number > 0:
                     self._answers[engine].append(answer)
-                advance()
 
     def rows(self, model: CausalLM, verdicts: Mapping[str, str]) -> list[Row]:
         """Medians, and whether the tokens agree."""

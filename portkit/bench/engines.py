@@ -74,7 +74,7 @@ class Ours:
 
     def run(self, prompts: Prompts, num_tokens: int) -> Run:
         if self._name == READABLE:
-            from portkit.generation.loop import ReadableBatch
+            from portkit.readable import ReadableBatch
 
             readable = ReadableBatch(self._model, prompts, num_tokens)
             return _timed(readable.prefill, readable.greedy, num_tokens)

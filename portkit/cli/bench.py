@@ -22,6 +22,8 @@ from portkit.errors import BenchError
 if TYPE_CHECKING:
     from portkit.bench.decode import Plan, Row
 
+_SHORT_PROMPT = 16
+
 app = typer.Typer(
     help="Measure speed: ours in its modes, and others beside it, in turn and in one run.",
     no_args_is_help=True,
@@ -45,6 +47,14 @@ Batches = Annotated[
 Tokens = Annotated[int, typer.Option("--tokens", min=2, help="Tokens to decode in each run.")]
 Rounds = Annotated[
     int, typer.Option("--rounds", min=1, help="Rounds, in which all engines take their turn.")
+]
+Compared = Annotated[
+    int,
+    typer.Option(
+        "--compare",
+        min=0,
+        help="Tokens, across the window, over which engines are compared, untimed; 0 for none.",
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of each engine; torch's default.")
@@ -78,6 +88,7 @@ def decode(
     batches: Batches = "1",
     tokens: Tokens = 32,
     rounds: Rounds = 5,
+    compare: Compared = 256,
     threads: Threads = None,
     dtype: options.DTypeOption = options.DType.auto,
     device: DeviceOption = options.Device.cpu,
@@ -95,6 +106,7 @@ def decode(
     if found["device"] == "cuda":
         found["engines"] = _on_a_gpu(found["engines"])
     found["engines"] += tuple(f"fast, {scheme}" for scheme in dict.fromkeys(quantize or []))
+    found |= _compared(repo, compare)
     plan = _with_sizes(found, contexts, batches, tokens, rounds)
     bandwidth, rows = _measure(plan)
     if json:
@@ -107,7 +119,8 @@ def decode(
         )
     else:
         print(f"{_hardware(plan)}, reads at best {human_bytes(bandwidth)}/s")
-        print(table([_HEADINGS, *(_words(row, bandwidth) for row in rows)]))
+        lines = table([_HEADINGS, *(_words(row, bandwidth) for row in rows)]).splitlines()
+        print("\n".join([*lines, *_losses(rows)]))
     if plot:
         from portkit.bench.plotting import plot_speeds
 
@@ -165,6 +178,21 @@ def load(
     print(table([("engine", "s to the first token", "of it s to be loaded"), *words]))
 
 
+def _compared(repo: str, num_tokens: int) -> dict[str, int]:
+    """The length of a prompt, and as many tokens, that cross the widest window in the middle."""
+    from portkit.loading import draw, open_checkpoint
+    from portkit.nn.cache import SlidingCache
+
+    blueprint = draw(open_checkpoint(repo))
+    limit = blueprint.config.max_position_embeddings
+    layers = blueprint.skeleton.new_cache(1, 1).layers
+    windows = [one.window for one in layers if isinstance(one, SlidingCache)]
+    num_tokens = min(num_tokens, limit // 2)
+    reached = [one for one in windows if one + num_tokens < limit]
+    prompt = max(_SHORT_PROMPT, max(reached, default=0) - num_tokens // 2)
+    return {"compared_prompt": min(prompt, limit - num_tokens), "num_compared": num_tokens}
+
+
 def _device(device: options.Device) -> str:
     from portkit.loading import resolve_device
 
@@ -203,10 +231,7 @@ _HEADINGS = (
 
 def _words(row: Row, bandwidth: float) -> tuple[str, ...]:
     fraction = row.fields(bandwidth)["bandwidth_fraction"]
-    difference = row.agreement.first_difference
-    same = "yes" if row.agreement.same else "no"
-    if difference is not None:
-        same += f", to token {difference['token']:.0f} ({difference['steps']:.1f} steps)"
+    longest = row.agreement if row.compared is None else row.compared
     return (
         row.engine,
         str(row.context),
@@ -217,9 +242,23 @@ def _words(row: Row, bandwidth: float) -> tuple[str, ...]:
         f"{1000 * row.prefill_s:.1f}",
         human_bytes(row.peak_device_bytes or row.peak_rss_bytes),
         f"{row.compile_s:.0f} s" if row.compile_s else "",
-        same,
+        str(longest if row.agreement.same else row.agreement),
         row.agreement.verdict or "",
     )
+
+
+def _losses(rows: Sequence[Row]) -> list[str]:
+    """Of paths that are another model by intent: what they gain, what they lose, and where."""
+    lines = []
+    dense = next(row.bytes_per_token for row in rows if row.loss is None)
+    for row in {row.engine: row for row in reversed(rows)}.values():
+        if row.loss is not None:
+            assert row.bytes_per_token is not None
+            assert dense is not None
+            read = f"reads {human_bytes(row.bytes_per_token)} a token, not {human_bytes(dense)}"
+            lines += ["", f"{row.engine}: {read}; {row.loss}; local errors:"]
+            lines += [f"  {name} {error:.1e}" for name, error in row.loss.blocks.items()]
+    return lines
 
 
 def _plan(
@@ -283,13 +322,15 @@ def _with_sizes(
 def _measure(plan: Plan) -> tuple[float, list[Row]]:
     import torch
 
-    from portkit.bench.decode import measure, num_runs, with_gguf
+    from portkit.bench.decode import measure, num_steps, with_gguf
     from portkit.bench.devices import bandwidth
 
     torch.set_num_threads(plan.threads)
-    ceiling = bandwidth(torch.device(plan.device))
-    with with_gguf(plan) as whole, progress_bar("measuring", num_runs(plan)) as advance:
-        return ceiling, measure(whole, advance)
+    # Before and behind the rest: how fast a machine is changes from minute to minute.
+    before = bandwidth(torch.device(plan.device))
+    with with_gguf(plan) as whole, progress_bar("measuring", num_steps(plan)) as advance:
+        rows = measure(whole, advance)
+    return max(before, bandwidth(torch.device(plan.device))), rows
 
 
 def _check_others(against: Sequence[Against], gguf: str | None) -> None:

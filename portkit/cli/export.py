@@ -34,7 +34,7 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Write a checkpoint in another shape: the text model alone, or a MatFormer slice of it."""
-    from portkit.exporting import export
+    from portkit.exporting import export, exported_config
     from portkit.loading import draw, materialize, open_checkpoint
     from portkit.slicing import slice_of
 
@@ -49,10 +49,11 @@ def command(
         loaded = slice_of(loaded, widths, dropped)
     export(loaded, directory)
     num_bytes = sum(one.nbytes for one in loaded.model.parameters())
+    written = exported_config(loaded)["model_type"]  # of a multimodal one the text model's
     if json:
         print_json(
             "export",
-            model_type=loaded.architecture.model_type,
+            model_type=written,
             parameters=loaded.report.parameters,
             bytes=num_bytes,
             dtype=loaded.report.dtype,
@@ -61,7 +62,7 @@ def command(
         )
         return
     print(
-        f"wrote  {directory}: {loaded.architecture.model_type}, "
+        f"wrote  {directory}: {written}, "
         f"{plural(loaded.config.num_hidden_layers, 'layer')}, "
         f"{loaded.report.parameters:,} parameters, {human_bytes(num_bytes)}"
     )

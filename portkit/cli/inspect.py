@@ -87,9 +87,22 @@ def _config_fields(blueprint: Blueprint) -> dict[str, object]:
             found[field.name] = ", ".join(f"{count} x {one}" for one, count in counts.items())
         elif isinstance(value, (int, float, bool, str)) or value is None:
             found[field.name] = value
+        elif isinstance(value, frozenset):
+            found[field.name] = _layers_in_words(value)
         else:
             found[field.name] = _rope_in_words(value)
     return found
+
+
+def _layers_in_words(layers: frozenset[int]) -> str:
+    """`{0, 1, 2, 4}` as `0-2, 4`."""
+    from itertools import groupby
+
+    # Numbers that follow each other are as far from their places in the list.
+    runs = groupby(enumerate(sorted(layers)), key=lambda place: place[1] - place[0])
+    spans = [[number for _, number in run] for _, run in runs]
+    words = (f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+    return ", ".join(words) or "none"
 
 
 def _rope_in_words(value: object) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import typer
 
@@ -40,10 +40,21 @@ def coloured(word: str, colour: str) -> str:
     return typer.style(word, fg=colour, bold=True)
 
 
+class Advance(Protocol):
+    """One step further; `doing` says at what."""
+
+    def __call__(self, doing: str = "") -> None: ...
+
+
 @contextmanager
-def progress_bar(label: str, length: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr where a person looks on; yields what to call after each of `length` steps."""
+def progress_bar(label: str, length: int) -> Iterator[Advance]:
+    """A bar on stderr where a person looks on; yields what to call at each of `length` steps."""
     with typer.progressbar(
         length=length, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()
     ) as bar:
-        yield lambda: bar.update(1)
+
+        def advance(doing: str = "") -> None:
+            bar.label = f"{label}: {doing}" if doing else label
+            bar.update(1)
+
+        yield advance

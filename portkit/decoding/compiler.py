@@ -1,10 +1,10 @@
 """Compiling regions, in a process of its own: whoever decodes waits for no compiler.
 
-    python -m portkit.decoding.compiler RECIPES
+    python -m portkit.decoding.compiler RECIPES NICE
 
-RECIPES is a pickled list of recipes and where their packages go. A package holds machine code that
-torch runs without its compiler; nothing else in the fast path imports that. Knows torch's export
-and inductor.
+RECIPES is a pickled list of recipes and where their packages go, NICE how much nicer than its
+parent the process is. A package holds machine code that torch runs without its compiler; nothing
+else in the fast path imports that. Knows torch's export and inductor.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ _INDUCTOR_OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "size_as
 
 
 if __name__ == "__main__":
-    os.nice(19)  # whoever decodes meanwhile comes first
+    os.nice(int(sys.argv[2]))
     with Path(sys.argv[1]).open("rb") as file:
         recipes = pickle.load(file)
     Path(sys.argv[1]).unlink()

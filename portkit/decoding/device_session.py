@@ -17,9 +17,9 @@ from torch import Tensor
 from portkit.decoding.caches import StaticCache
 from portkit.decoding.lowering import INPUT_IDS, Value, Weight
 from portkit.decoding.memory import check_memory
-from portkit.decoding.prompted import Prompted
 from portkit.decoding.replay import Outbox, Replay
 from portkit.decoding.tracing import Untraceable
+from portkit.readable import ReadableBatch
 
 if TYPE_CHECKING:
     from portkit.decoding.fast import FastModel
@@ -61,9 +61,9 @@ class DeviceSession:
 
     def __init__(self, fast: FastModel, prompts: Sequence[Sequence[int]], room: int) -> None:
         self._fast = fast
-        self._prompted = Prompted(fast.model, prompts, room)
-        self._length = self._prompted.length
-        self._cache = StaticCache(self._prompted.cache, self._length)
+        self._readable = ReadableBatch(fast.model, prompts, room)
+        self._length = self._readable.length
+        self._cache = StaticCache(self._readable.cache, self._length)
         check_memory(
             2 * self._cache.num_bytes(fast.dtype.itemsize),
             f"the caches of {len(prompts)} rows of {self._length} tokens",
@@ -83,21 +83,21 @@ class DeviceSession:
     @torch.no_grad()
     def prefill(self, chunk: int | None = None) -> Tensor:
         """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
-        return self._prompted.prefill(chunk)
+        return self._readable.prefill(chunk)
 
     @torch.no_grad()
     def prepare(self, *, wait: bool = False) -> None:
         """Get ready to decode, as the first step does; with `wait` also record the greedy step."""
         if self._step is None and not self._stays_readable:
-            assert self._prompted.past, "prefill comes first"
+            assert self._readable.past, "prefill comes first"
             try:
-                self._step = _Step(self._fast, self._cache, self._prompted)
+                self._step = _Step(self._fast, self._cache, self._readable)
             except Untraceable as error:
                 self._stays_readable = True
                 self._fast.say(f"the fast path cannot follow this family's code ({error})")
                 return
-            self._cache.take(self._prompted.cache, self._fast.dtype, self._fast.device)
-            del self._prompted.cache
+            self._cache.take(self._readable.cache, self._fast.dtype, self._fast.device)
+            del self._readable.cache
         if wait and self._step is not None:
             self._step.record(self._greedy)
 
@@ -106,7 +106,7 @@ class DeviceSession:
         """Logits (batch, vocab) after one more token (batch,) in each row, whichever it is."""
         self.prepare()
         if self._step is None:
-            return self._prompted.logits(tokens)
+            return self._readable.decode(tokens)
         assert not self._outbox, "the device has gone on with tokens of its own choice"
         self._step.tokens.copy_(tokens)
         return self._step.replay(None).clone()
@@ -121,7 +121,7 @@ class DeviceSession:
         """What `choose`, always the same, makes of the logits after one more token (batch,)."""
         self.prepare()
         if self._step is None:
-            return choose(self._prompted.logits(tokens))
+            return choose(self._readable.decode(tokens))
         if self._last is None:
             self._step.tokens.copy_(tokens)
         else:
@@ -135,8 +135,8 @@ class DeviceSession:
 class _Step:
     """One step on static buffers, recorded for each size of what is visible."""
 
-    def __init__(self, fast: FastModel, cache: StaticCache, prompted: Prompted) -> None:
-        self._cache, self._pads, self._length = cache, prompted.pads, prompted.length
+    def __init__(self, fast: FastModel, cache: StaticCache, readable: ReadableBatch) -> None:
+        self._cache, self._pads, self._length = cache, readable.pads, readable.length
         self._program = fast.program(cache, masked=True)
         self._regions = [fast.bind(region, cache.batch) for region in self._program.regions]
         self._head = fast.bind(self._program.head, cache.batch)
@@ -150,7 +150,7 @@ class _Step:
         self._recorded: dict[tuple[int, Choice | None], Replay] = {}
         is_cuda = fast.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if is_cuda else None
-        self.past = prompted.past
+        self.past = readable.past
         """Tokens in the caches once all that was asked for is done; the device counts by itself."""
         self._past = torch.tensor([self.past], device=fast.device)
         self.tokens = torch.zeros(cache.batch, dtype=torch.int64, device=fast.device)

@@ -25,6 +25,8 @@ from portkit.decoding.compiler import Recipe
 
 Function = Callable[[list[Tensor]], Sequence[Tensor]]
 """A region's: its arguments in order to its results."""
+_LOWEST = 19
+"""How nice a process can be: whoever decodes meanwhile comes first."""
 
 
 class Packages:
@@ -47,13 +49,15 @@ class Packages:
         self.compile_s = 0.0
         """How long it took until what was asked for was there; 0 where it was there already."""
 
-    def find(self, recipes: Sequence[Recipe]) -> list[Function] | None:
-        """The recipes' functions, or None if any is not there yet: then it is being made."""
+    def find(self, recipes: Sequence[Recipe], nice: int = _LOWEST) -> list[Function] | None:
+        """The recipes' functions, or None if any is not there yet: then it is being made, by a
+        process that is so much `nice`r than this one.
+        """
         paths = [self.path(one) for one in recipes]
         by_path = dict(zip(paths, recipes, strict=True))
         missing = [(one, path) for path, one in by_path.items() if not path.is_file()]
         if missing:
-            self._make(missing)
+            self._make(missing, nice)
             return None
         self._stop_clock()
         try:
@@ -70,8 +74,10 @@ class Packages:
         return self._folder / f"{_digest(one)}.pt2"
 
     def wait(self, recipes: Sequence[Recipe]) -> list[Function] | None:
-        """The same, once they are made; None where they cannot be."""
-        while (found := self.find(recipes)) is None and not self._given_up:
+        """The same, once they are made; None where they cannot be. Who waits has nothing better to
+        do: the compiler gets its share of the machine.
+        """
+        while (found := self.find(recipes, nice=0)) is None and not self._given_up:
             time.sleep(0.05)
         return found
 
@@ -81,11 +87,11 @@ class Packages:
             self._process.kill()
             self._process.wait()
 
-    def _make(self, missing: list[tuple[Recipe, Path]]) -> None:
+    def _make(self, missing: list[tuple[Recipe, Path]], nice: int) -> None:
         if self._given_up:
             return
         if self._process is None:
-            self._start(missing)
+            self._start(missing, nice)
             return
         code = self._process.poll()
         if code is None:
@@ -101,7 +107,7 @@ class Packages:
             self.compile_s += time.perf_counter() - self._started
             self._started = None
 
-    def _start(self, missing: list[tuple[Recipe, Path]]) -> None:
+    def _start(self, missing: list[tuple[Recipe, Path]], nice: int) -> None:
         if not has_compiler():
             self._give_up("no C++ compiler was found (g++, clang++, or the one that CXX names)")
             return
@@ -112,7 +118,7 @@ class Packages:
             recipes.write_bytes(pickle.dumps(missing))
             with (self._folder / "compiler.log").open("wb") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "portkit.decoding.compiler", str(recipes)],
+                    [sys.executable, "-m", "portkit.decoding.compiler", str(recipes), str(nice)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -16,12 +16,12 @@ from portkit.decoding.bound import Bound
 from portkit.decoding.caches import StaticCache
 from portkit.decoding.compiler import Recipe, recipe
 from portkit.decoding.head import ExactHead, bounds_recipe
-from portkit.decoding.likeliest import likeliest
 from portkit.decoding.lowering import INPUT_IDS, Kept, Value
 from portkit.decoding.memory import check_memory
 from portkit.decoding.packages import Function
-from portkit.decoding.prompted import Prompted
 from portkit.decoding.tracing import Untraceable
+from portkit.nn.likeliest import likeliest
+from portkit.readable import ReadableBatch
 
 if TYPE_CHECKING:
     from portkit.decoding.fast import FastModel
@@ -44,9 +44,9 @@ class Session:
     ) -> None:
         self._fast = fast
         self._largest = largest
-        self._prompted = Prompted(fast.model, prompts, room)
-        length = self._prompted.length
-        self._cache = StaticCache(self._prompted.cache, length)
+        self._readable = ReadableBatch(fast.model, prompts, room)
+        length = self._readable.length
+        self._cache = StaticCache(self._readable.cache, length)
         check_memory(
             2 * self._cache.num_bytes(fast.dtype.itemsize),
             f"the caches of {len(prompts)} rows of {length} tokens",
@@ -69,8 +69,8 @@ class Session:
     @torch.no_grad()
     def prefill(self, chunk: int | None = None) -> Tensor:
         """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
-        logits = self._prompted.prefill(chunk)
-        self._past = self._prompted.past
+        logits = self._readable.prefill(chunk)
+        self._past = self._readable.past
         return logits
 
     @torch.no_grad()
@@ -82,16 +82,16 @@ class Session:
         if self._step is None and not self._stays_readable:
             assert self._past, "prefill comes first"
             try:
-                self._step = _Step(self._fast, self._cache, self._prompted, self._largest)
+                self._step = _Step(self._fast, self._cache, self._readable, self._largest)
             except Untraceable as error:
                 self._stays_readable = True
                 self._fast.say(f"the fast path cannot follow this family's code ({error})")
                 return
-            self._cache.take(self._prompted.cache, self._fast.dtype, self._fast.device)
-            del self._prompted.cache
+            self._cache.take(self._readable.cache, self._fast.dtype, self._fast.device)
+            del self._readable.cache
         if wait and self._step is not None:
             # Any token: what it leaves in the caches, the next one overwrites.
-            self._step.read_out(self._step.hidden_states(self._prompted.last, self._past))
+            self._step.read_out(self._step.hidden_states(self._readable.last, self._past))
             self._step.look(wait=True)
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class Session:
         """Ids and logits (kept,) of the one row, or None and all logits (batch, vocab)."""
         self.prepare()
         if self._step is None:
-            return None, self._prompted.logits(tokens)
+            return None, self._readable.decode(tokens)
         found = self._step.read_out(self._step.hidden_states(tokens, self._past))
         if self._num_decoded % _STEPS_PER_LOOK == 0:
             self._step.look(wait=False)
@@ -136,12 +136,12 @@ class _Step:
         self,
         fast: FastModel,
         cache: StaticCache,
-        prompted: Prompted,
+        readable: ReadableBatch,
         largest: int | None,
     ) -> None:
         self._fast, self._cache = fast, cache
-        self._pads, self._masked = prompted.pads, prompted.masked
-        self._program = fast.program(cache, masked=prompted.masked)
+        self._pads, self._masked = readable.pads, readable.masked
+        self._program = fast.program(cache, masked=readable.masked)
         self._values: dict[str, Tensor] = {}
         self._regions = [fast.bind(region, cache.batch) for region in self._program.regions]
         self._head = fast.bind(self._program.head, cache.batch)

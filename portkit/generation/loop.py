@@ -1,7 +1,7 @@
-"""The decode loop: a left-padded batch of prompts, a prefill, and then token after token.
+"""The decode loop: a batch of prompts, a prefill, and then token after token.
 
-Knows how a model and its cache are called, and when a row ends. Plain and right, not fast: rows
-that have ended are computed along until the last one ends. Prints nothing and reads no file.
+Knows engines, how a token is chosen, and when a row ends. Rows that have ended are computed along
+until the last one ends. Prints nothing and reads no file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from portkit.errors import GenerationError
 from portkit.generation.choosing import Choice
 from portkit.generation.settings import GenerationSettings
 from portkit.generation.streaming import TextStream
+from portkit.readable import ReadableBatch
 from portkit.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length", "context"]
@@ -164,56 +165,6 @@ def _steps(
             new = engine.draw(tokens, choose)
         else:
             new = choose(engine.decode(tokens))
-
-
-class ReadableBatch:
-    """The readable model as an engine: prompts, padded on the left, and their cache."""
-
-    def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -> None:
-        device = next(model.parameters()).device
-        longest = max(map(len, prompts))
-        pads = [longest - len(prompt) for prompt in prompts]
-        # Which id pads does not matter, it is masked; 0 is in every vocabulary.
-        padded = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
-        self._model = model
-        self._input_ids = torch.tensor(padded, device=device)
-        self._pads = torch.tensor(pads, device=device)[:, None]
-        # The last token that a row gets is not fed to the model any more.
-        self._slots = torch.arange(longest + room - 1, device=device)
-        self._real = self._slots >= self._pads if any(pads) else None
-        self._cache = model.new_cache(len(prompts), len(self._slots))
-
-    def prefill(self, chunk: int | None = None) -> Tensor:
-        """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
-        num_tokens = self._input_ids.shape[1]
-        for start in range(0, num_tokens, chunk or num_tokens):
-            hidden_states = self._feed(self._input_ids[:, start : start + (chunk or num_tokens)])
-        return self._last_logits(hidden_states)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, vocab) after one more token (batch,) in each row."""
-        return self._last_logits(self._feed(tokens[:, None]))
-
-    def greedy(self, tokens: Tensor) -> Tensor:
-        """The likeliest token (batch, 1) after one more (batch,); -1 where logits are NaN."""
-        logits = self.decode(tokens)
-        likeliest = logits.float().argmax(-1)
-        return likeliest.masked_fill(logits.isnan().any(-1), -1)[:, None]
-
-    def _feed(self, input_ids: Tensor) -> Tensor:
-        past, end = self._cache.length, self._cache.length + input_ids.shape[1]
-        hidden_states = self._model.hidden_states(
-            input_ids,
-            positions=(self._slots[past:end] - self._pads).clamp(min=0),
-            cache=self._cache,
-            attention_mask=None if self._real is None else self._real[:, :end],
-        )
-        self._cache.advance(input_ids.shape[1])
-        return hidden_states
-
-    def _last_logits(self, hidden_states: Tensor) -> Tensor:
-        # The head reads one position only: all of them would be gigabytes for a long prompt.
-        return self._model.logits(hidden_states[:, -1:])[:, -1]
 
 
 class _Row:

@@ -51,7 +51,7 @@ class SparseGatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate_proj(x)
         if self.deviations is not None:
-            deviations = torch.tensor(self.deviations, dtype=gate.dtype, device=gate.device)
+            deviations = gate.new_full((), self.deviations)
             mean = torch.mean(gate, dim=-1, keepdim=True)
             spread = torch.std(gate, dim=-1, keepdim=True, unbiased=False)
             gate = torch.relu(gate - (mean + spread * deviations))

@@ -37,6 +37,7 @@ from portkit.parity.local import (
     recorder,
     taught,
 )
+from portkit.parity.precision import is_same_memory
 from portkit.parity.probe import Pass, Probe
 from portkit.parity.result import Comparison, NotVerified
 from portkit.parity.sites import QKV, CannotRun, Side, SiteTable, parameters_of, watching
@@ -160,7 +161,7 @@ class Comparing:
                 account.missing = True
             elif held.shape != ours.shape or held.dtype != ours.dtype:
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
-            elif not torch.equal(ours, held):
+            elif not is_same_memory(ours, held) and not torch.equal(ours, held):
                 account.unequal.append(difference_as_loaded(account, ours, held))
                 if self.diagnosis is not None:
                     self.diagnosis.parameter(name, ours, held)

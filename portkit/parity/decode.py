@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from portkit.architecture import CausalLM
-from portkit.generation.loop import ReadableBatch
 from portkit.parity.fast_ways import (
     WRAPPED,
     FastWays,
@@ -44,6 +43,7 @@ from portkit.parity.ledger import LOGITS
 from portkit.parity.reference import Reference
 from portkit.parity.result import worst
 from portkit.parity.sites import PortSide, SiteTable, watching
+from portkit.readable import ReadableBatch
 
 SAME_LOGITS = SAME_GRADIENT
 """Relative RMS in float64 up to which logits are of one function: as gradients, they are carried

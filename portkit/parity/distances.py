@@ -13,6 +13,7 @@ from torch import Tensor
 from portkit.parity.judge import SAME_FUNCTION
 from portkit.parity.ledger import Ledger, picked, rows, squares_of
 from portkit.parity.local import Recording
+from portkit.parity.precision import is_same_memory
 from portkit.parity.routing import compared_tokens, logits_before
 from portkit.parity.sites import EXPERTS
 from portkit.parity.spread import token_sums
@@ -103,9 +104,10 @@ class Distances:
             return
         account = self.ledger.site(name)
         account.function_asked = True
-        ours, held = (rows(each, account.dims, one.run) for each in (port, truth))
+        held = rows(truth, account.dims, one.run)
         gap = held.new_zeros(held.shape[1])
-        if port is not truth and not torch.equal(port, truth):
+        if not is_same_memory(port, truth) and not torch.equal(port, truth):
+            ours = rows(port, account.dims, one.run)
             gap = squares_of(ours, held)
             account.function_spread.add(ours - held)
             if channels is None and self._is_slight(one, name, gap, held):

@@ -170,7 +170,7 @@ def _hold_against_truth(
 
 
 def _in_float64(side: Side, input_ids: Tensor) -> Gradients:
-    with held_in_float64(side.model), LiftedCasts():  # type: ignore[no-untyped-call]
+    with held_in_float64(side.model), LiftedCasts():
         return _gradients(side, input_ids)
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from portkit.parity.once import HEAVY, ComputedOnce
 
 LOW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -27,22 +30,37 @@ class LiftedCasts(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
     """Turns casts to a lower floating dtype into casts to float64.
 
     Any other operation that makes a lower precision out of float64 is refused. Constants may come
-    in as they are held: what is computed with them is float64 again.
+    in as they are held: what is computed with them is float64 again. `once` is where heavy
+    operations are looked up.
     """
+
+    def __init__(self, once: ComputedOnce | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self._once = once
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in LOW:
-            kwargs["dtype"] = torch.float64
-        result = func(*args, **kwargs)
-        if not any(one.dtype == torch.float64 for one in _tensors((*args, *kwargs.values()))):
-            return result
-        for one in _tensors((result,)):
-            if one.dtype in LOW:
-                raise UnliftedCast(f"{func} computed in {one.dtype} where the truth was asked for")
+            kwargs = {**kwargs, "dtype": torch.float64}
+        if self._once is not None and func in HEAVY:
+            result = self._once.call(func, args, kwargs)
+        else:
+            if self._once is not None and _changes_in_place(func):
+                self._once.before_change([*_tensors((*args, *kwargs.values()))])
+            result = func(*args, **kwargs)
+        low = next((one.dtype for one in _tensors((result,)) if one.dtype in LOW), None)
+        if low is not None and any(
+            one.dtype == torch.float64 for one in _tensors((*args, *kwargs.values()))
+        ):
+            raise UnliftedCast(f"{func} computed in {low} where the truth was asked for")
         return result
+
+
+@cache
+def _changes_in_place(operation: Any) -> bool:
+    return bool(operation._schema.is_mutable)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -54,10 +72,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def casts_lifted() -> Iterator[None]:
+def casts_lifted(once: ComputedOnce | None = None) -> Iterator[None]:
     """Have what runs within compute in float64 whatever it is given in float64."""
     assert not torch.is_inference_mode_enabled(), "inference_mode hides casts from interception"
-    with torch.no_grad(), LiftedCasts():  # type: ignore[no-untyped-call]
+    with torch.no_grad(), LiftedCasts(once):
         yield
 
 
@@ -107,14 +125,15 @@ class _Upcasts:
     def of(self, narrow: Tensor) -> Tensor:
         for known, wide in self._made:
             if known.dtype == narrow.dtype and (
-                _is_same_memory(known, narrow) or torch.equal(known, narrow)
+                is_same_memory(known, narrow) or torch.equal(known, narrow)
             ):
                 return wide
         self._made.append((narrow, narrow.double()))
         return self._made[-1][1]
 
 
-def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+def is_same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same values in the same places."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 

@@ -15,10 +15,13 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from portkit.parity.distances import Distances
+from portkit.parity.heap import release_freed_memory
 from portkit.parity.ledger import Ledger, SiteAccount, rows, squares_of
 from portkit.parity.local import Call, Calls, Recording, Trace, block_modules, recorder
+from portkit.parity.once import ComputedOnce
 from portkit.parity.precision import (
     casts_lifted,
     held_in_float64,
@@ -81,20 +84,22 @@ class Truth:
 
     def _judge_block(self, name: str, one: Recording) -> None:
         truth: Trace = {}
-        upcasts = _Upcasts()
+        upcasts, once = _Upcasts(), ComputedOnce(truth)
         calls = one.reference_calls.blocks[name]
-        self._run_block((self.reference, name), calls, one, upcasts, truth.__setitem__)
+        with casts_lifted(once):
+            self._run_block((self.reference, name), calls, one, upcasts, truth.__setitem__)
         for site, exact in truth.items():
             is_recorded = upcasts.is_of(exact, one.trace.get(site))
             self.distances.hold(one, site, exact, is_recorded=is_recorded)
         self._add_other_kernels(one, f"{name}.self_attn", truth)
 
         def ask(site: str, port: Tensor) -> None:
-            self.distances.ask(one, site, truth.pop(site, None), port)  # and let go of the truth
+            with _disable_current_modes():  # nothing here is the model's to be watched
+                self.distances.ask(one, site, truth.pop(site, None), port)  # and let go of it
 
         if name in one.port_calls.blocks:
-            with self._asking(name):
-                calls = one.port_calls.blocks[name]
+            calls = one.port_calls.blocks[name]
+            with self._asking(name), casts_lifted(once):
                 self._run_block((self.port, name), calls, one, upcasts, ask)
 
     def _judge_head(self, recordings: Sequence[Recording]) -> None:
@@ -102,12 +107,13 @@ class Truth:
         assert isinstance(theirs, nn.Linear), "the reference's head is one matrix"
         width = len(theirs.weight)
         weights = [one.weight for one in (theirs, ours) if isinstance(one, nn.Linear)]
+        release_freed_memory()  # of the layers: the head's blocks are the largest tensors of all
         for start in range(0, width, HEAD_ROWS):
             channels = slice(start, min(start + HEAD_ROWS, width))
             with rows_in_float64(channels, *weights):
                 for one in recordings:
                     hidden = one.trace[f"{HEAD}:in"].double()
-                    with casts_lifted():
+                    with casts_lifted(ComputedOnce()):
                         truth, port = theirs(hidden), ours(hidden)
                     self.distances.hold(one, HEAD, truth, channels)
                     self.distances.ask(one, HEAD, truth, port, channels)
@@ -141,7 +147,7 @@ class Truth:
         args = tuple(given("", value) for value in call.args)
         kwargs = {key: given(key, value) for key, value in call.kwargs.items()}
         within = _Within(side, name)
-        with watching(within, self.table, visit), casts_lifted():
+        with watching(within, self.table, visit):
             within.module_sites()[name](*args, **kwargs)
 
     def _add_other_kernels(self, one: Recording, name: str, truth: Trace) -> None:

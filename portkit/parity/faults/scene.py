@@ -64,7 +64,13 @@ class Facts:
 
     def window(self, attention: str) -> int | None:
         """How many keys a layer's query sees, itself included; None: all."""
-        found = getattr(self.modules[attention], "sliding_window", None)
+        module: Any = self.modules[attention]
+        if hasattr(module, "sliding_window"):
+            found = module.sliding_window
+        elif not hasattr(self.config, "layer_types"):  # one window, of all layers
+            found = getattr(self.config, "sliding_window", None)
+        else:
+            found = None
         return found if isinstance(found, int) else self.chunk(attention)
 
     def chunk(self, attention: str) -> int | None:

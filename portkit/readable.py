@@ -1,6 +1,7 @@
-"""Prompts in the readable model's cache, and rows that it continues until something faster does.
+"""The readable model, decoding: prompts padded on the left, a prefill, and token after token.
 
-Knows how a model and its cache are called, and how rows of several lengths are padded.
+What is right by definition, and what anything faster takes a prompt over from. Knows how a model
+and its cache are called, and how rows of several lengths are padded.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 from portkit.architecture import CausalLM
+from portkit.nn.likeliest import likeliest
 
 
-class Prompted:
-    """A batch of prompts (token ids), padded on the left, with room for `length` tokens a row."""
+class ReadableBatch:
+    """A batch of prompts (token ids), padded on the left, each with up to `room` tokens to come."""
 
     def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]], room: int) -> None:
         device = next(model.parameters()).device
         longest = max(map(len, prompts))
         pads = [longest - len(prompt) for prompt in prompts]
+        # Which id pads does not matter, it is masked; 0 is in every vocabulary.
         padded = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
         self._model = model
         self._input_ids = torch.tensor(padded, device=device)
@@ -28,6 +31,7 @@ class Prompted:
         """Whether any row is padded."""
         # The last token that a row gets is not fed to the model any more.
         self.length = longest + room - 1
+        """Tokens that a row has room for."""
         self.cache = model.new_cache(len(prompts), self.length)
         self.past = 0
         """Tokens fed so far."""
@@ -37,16 +41,20 @@ class Prompted:
         """The prompts' last tokens, (batch,)."""
         return self._input_ids[:, -1]
 
-    def prefill(self, chunk: int | None) -> Tensor:
+    def prefill(self, chunk: int | None = None) -> Tensor:
         """Logits (batch, vocab) after the prompts, fed `chunk` tokens at a time or all at once."""
         num_tokens = self._input_ids.shape[1]
         for start in range(0, num_tokens, chunk or num_tokens):
             hidden_states = self._feed(self._input_ids[:, start : start + (chunk or num_tokens)])
-        return self._model.logits(hidden_states[:, -1:])[:, -1]
+        return self._last_logits(hidden_states)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor) -> Tensor:
         """Logits (batch, vocab) after one more token (batch,) in each row."""
-        return self._model.logits(self._feed(tokens[:, None]))[:, -1]
+        return self._last_logits(self._feed(tokens[:, None]))
+
+    def greedy(self, tokens: Tensor) -> Tensor:
+        """The likeliest token (batch, 1) after one more (batch,); -1 where logits are NaN."""
+        return likeliest(self.decode(tokens))[:, None]
 
     def _feed(self, input_ids: Tensor) -> Tensor:
         """Hidden states after more tokens (batch, tokens)."""
@@ -61,3 +69,7 @@ class Prompted:
         self.cache.advance(input_ids.shape[1])
         self.past = end
         return hidden_states
+
+    def _last_logits(self, hidden_states: Tensor) -> Tensor:
+        # The head reads one position only: all of them would be gigabytes for a long prompt.
+        return self._model.logits(hidden_states[:, -1:])[:, -1]
