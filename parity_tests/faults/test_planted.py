@@ -40,6 +40,16 @@ SAMPLE = (
     ("experts.weights_on_output", "llama4", "bfloat16", "glue"),
     ("residual.sequential", "cohere2", "bfloat16", "glue"),
     ("head.logit_scale_inverted", "cohere2", "float32", "glue"),
+    ("norm.epsilon (by a ten-thousandth)", "llama", "float32", "function"),
+    ("norm.pre_for_post (post)", "llama", "bfloat16", "glue"),
+    ("norm.pre_for_post (pre)", "gemma3", "float32", "glue"),
+    ("attention.norm_after_rotation", "qwen3", "float32", "glue"),
+    ("attention.types_shifted", "gemma3", "bfloat16", "glue"),
+    ("attention.softmax_in_dtype", "llama", "bfloat16", "care"),
+    ("rope.shifted_by_a_layer", "smollm3", "float32", "glue"),
+    ("rope.scaling_twice", "qwen3_moe", "bfloat16", "function"),
+    ("head.softcap_applied", "cohere2", "float32", "glue"),
+    ("experts.router_logits_in_float32", "qwen3_moe", "bfloat16", "shape"),
 )
 EVERY_LAYER_BUT_ONE = {"head.last_layer_missing"}
 

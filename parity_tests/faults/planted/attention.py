@@ -114,6 +114,8 @@ def _without(left_out: str) -> Plant:
 
 def qk_norms_swapped(model: Model) -> str:
     for attention in attentions(model):
+        if not getattr(attention, "has_own_kv", True):
+            continue
         q_norm, k_norm = attention.q_norm, attention.k_norm
         q_norm.forward, k_norm.forward = k_norm.forward, q_norm.forward
     return "model.layers.0.self_attn.q_norm"

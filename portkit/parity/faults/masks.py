@@ -50,6 +50,11 @@ def _shifted(mask: Mask, place: Place) -> Iterator[Mask]:
             yield replace(mask, window=place.facts.window(name))
 
 
+def _shifted_with_tables(mask: Mask, place: Place) -> Iterator[Mask]:
+    if len(place.facts.rope_kinds()) > 1:
+        yield from _shifted(mask, place)
+
+
 def _other_type(tables: Tables, place: Place) -> Iterator[Tables]:
     """The tables of a neighbouring layer's type."""
     for layer in (place.layer or 0) - 1, (place.layer or 0) + 1:
@@ -120,7 +125,7 @@ FAULTS = (
         "attention.types_shifted",
         "takes each layer's type from a neighbouring layer, its rotary tables with it",
         "layer i has the type `layer_types[i]`, counted from 0",
-        either(on(Tables, _other_type), _masked(on(Mask, _shifted))),
+        either(on(Tables, _other_type), _masked(on(Mask, _shifted_with_tables))),
     ),
     Fault(
         "attention.causal_plus_one",
