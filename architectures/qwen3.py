@@ -76,18 +76,21 @@ def read_config(reader: ConfigReader) -> Qwen3Config:
 
 
 def read_windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
-    """Each layer's window, None where it sees everything.
+    """Each layer's window, None where it sees everything: where `sliding_window` is null, each.
 
     Explicit `layer_types` win; else the layers from `max_window_layers` on slide, if any may.
     """
     slides = reader.flag("use_sliding_window", False)
     window = reader.size("sliding_window", 4096, minimum=2)
+    slides = slides and reader.raw.get("sliding_window", window) is not None
     first = reader.size("max_window_layers", 28, minimum=0)
     kinds = reader.words("layer_types", num_layers, (FULL, SLIDING))
     if kinds is None:
         kinds = tuple(SLIDING if slides and i >= first else FULL for i in range(num_layers))
     if SLIDING in kinds and not slides:
-        raise reader.contradiction("layer_types names sliding layers, use_sliding_window is false")
+        raise reader.contradiction(
+            "layer_types names sliding layers, use_sliding_window is false or sliding_window null"
+        )
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 

@@ -6,7 +6,8 @@ Dense Qwen3's block, departing from it in these places:
   each token passes through the best few, and their outputs are weighted by these scores, which
   `norm_topk_prob` makes sum to one;
 - the layers in `mlp_only_layers`, and those that are no `decoder_sparse_step`-th, are dense;
-- where `use_sliding_window` is set, all layers slide: `max_window_layers` is without effect;
+- where `use_sliding_window` is set and `sliding_window` is not null, all layers slide:
+  `max_window_layers` is without effect;
 - `head_dim` is hidden_size / num_attention_heads where the file does not say.
 
 On disk every expert has tensors of its own, and so it has here.
@@ -86,7 +87,7 @@ def read_config(reader: ConfigReader) -> Qwen3MoeConfig:
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
         attention_bias=reader.flag("attention_bias", False),
         rope_parameters=RopeParameters(**reader.rope(10000.0, max_positions)),
-        window=window if slides else None,
+        window=window if slides and reader.raw.get("sliding_window", window) else None,
     )
     reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
     # Of training; and a window's first layer, which the reference does not heed.

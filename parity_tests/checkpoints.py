@@ -46,6 +46,11 @@ def llama(**config: Any) -> Tiny:
     return Tiny("Llama", {**_SHARED, **heads, "head_dim": 40, "rms_norm_eps": 1e-5, **config})
 
 
+def qwen2(**config: Any) -> Tiny:
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    return Tiny("Qwen2", {**_SHARED, **heads, "head_dim": 40, **config})
+
+
 def qwen3(**config: Any) -> Tiny:
     heads = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
     return Tiny("Qwen3", {**_SHARED, **heads, "head_dim": 40, **config})
@@ -119,6 +124,16 @@ TINY: dict[str, Tiny] = {
     "llama linear": llama(rope_scaling={"rope_type": "linear", "factor": 4.0}),
     "llama wide heads": llama(head_dim=264, num_attention_heads=2, num_key_value_heads=1),
     "llama plain heads": llama(num_key_value_heads=4),
+    "qwen2": qwen2(num_hidden_layers=12, tie_word_embeddings=True, rope_theta=1e6),
+    "qwen2 yarn sliding": qwen2(
+        rope_scaling=YARN,
+        use_sliding_window=True,
+        sliding_window=24,
+        max_window_layers=1,
+        num_attention_heads=8,
+        head_dim=40,
+        pad_token_id=3,
+    ),
     "qwen3": qwen3(tie_word_embeddings=True, rope_theta=1e6),
     "qwen3 yarn sliding": qwen3(
         rope_scaling=YARN,

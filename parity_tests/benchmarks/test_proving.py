@@ -26,7 +26,8 @@ from portkit.parity.logits import run_all
 from portkit.parity.precision import held_in_float64
 from portkit.parity.probe import Probe
 from portkit.parity.probing import default_probe
-from portkit.parity.prove import Question, prove
+from portkit.parity.prove import prove
+from portkit.parity.question import Question
 from portkit.parity.reference import load_reference
 from portkit.parity.sites import PortSide, Side
 
@@ -34,7 +35,8 @@ MEMORY_OF_PROVING = """
 import re, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-from portkit.parity.prove import Question, prove
+from portkit.parity.question import Question
+from portkit.parity.prove import prove
 from portkit.parity import comparing, truth
 import torch
 

@@ -77,6 +77,8 @@ WRAPPING = {
     "cohere2 with biases",
     "gemma3n plain",
     "smollm3 sliding",
+    "mistral",
+    "qwen2 yarn sliding",
 }
 SAME_HEADS = {"llama plain heads", "llama wide heads", "gemma3n plain"}
 """Heads that torch's kernel does not group: as many keys as queries, or too wide."""

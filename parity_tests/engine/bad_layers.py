@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from parity_tests.engine.damage import Case, config
 
+KINDS = {"layer_types": ["full_attention", "sliding_attention"]}
+
 FAMILY_VALUES = [
     Case(
         "too few layer types",
@@ -26,6 +28,18 @@ FAMILY_VALUES = [
         config({"layer_types": ["sliding_attention"] * 2}),
         ("layer_types", "sliding", "use_sliding_window is false"),
         base="qwen3",
+    ),
+    Case(
+        "layer types without a window",
+        config({"use_sliding_window": True, "sliding_window": None, **KINDS}),
+        ("layer_types", "sliding_window null"),
+        base="qwen3",
+    ),
+    Case(
+        "biases that are always there",
+        config({"attention_bias": False}),
+        ("attention_bias", "False", "supported: True"),
+        base="qwen2",
     ),
     Case(
         "rotating layers that are not counted",
@@ -47,7 +61,7 @@ FAMILY_VALUES = [
     ),
     Case(
         "sliding layers without a window",
-        config({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": None}),
+        config({**KINDS, "sliding_window": None}),
         ("layer_types names sliding layers", "sliding_window is null"),
         base="smollm3",
     ),
@@ -59,7 +73,7 @@ FAMILY_VALUES = [
     ),
     Case(
         "a layer shares keys that no layer has",
-        config({"num_kv_shared_layers": 1, "layer_types": ["full_attention", "sliding_attention"]}),
+        config({"num_kv_shared_layers": 1, **KINDS}),
         ("layer_types", "sliding_attention layer shares keys", "first 1 layers"),
         base="gemma3n_text",
     ),

@@ -38,6 +38,7 @@ ROUTER = "model.layers.1.mlp.gate.weight"
 STACKED = "model.layers.1.feed_forward.experts.gate_up_proj"
 LLAMA4_ROUTER = "model.layers.1.feed_forward.router.weight"
 SHARED = "model.layers.1.feed_forward.shared_expert.up_proj.weight"
+BIAS = "model.layers.1.self_attn.k_proj.bias"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 NORM, HEAD, GATE = "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.gate_proj.weight"
 AGAIN = "fetch the checkpoint again"
@@ -145,6 +146,7 @@ TENSORS = [
         (HEAD, "I32", "supported"),
         code=1,
     ),
+    Case("bias missing", tensors({BIAS: GONE}), ("1 missing", BIAS), 1, "qwen2"),
     Case("expert missing", tensors({EXPERT: GONE}), ("1 missing", EXPERT), 1, "qwen3_moe"),
     Case(
         "expert too many",

@@ -80,6 +80,7 @@ _CHOOSING = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SIZES, "rope_scaling": _STRETCHED},
+    "qwen2": {"model_type": "qwen2", **_SIZES, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **_SIZES, "tie_word_embeddings": True},
     "qwen3_moe": {
         "model_type": "qwen3_moe",

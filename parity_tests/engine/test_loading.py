@@ -23,6 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXPORTED = [
     "llama3",
     "llama tied with biases",
+    "qwen2",
     "qwen3",
     "gemma3",
     "qwen3 moe by turns",

@@ -121,6 +121,16 @@ def test_llama_4_has_the_published_number_of_parameters_and_its_layout_a_plan(
     assert [one.source for one in plan.dropped] == vision
 
 
+def test_qwen2_5_half_a_billion(tmp_path: Path) -> None:
+    """0.49 billion parameters, 0.36 of them outside of the embedding, as its model card says."""
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "vocab_size": 151936}
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "num_hidden_layers": 24}
+    unused = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 24}
+    config = {"model_type": "qwen2", "tie_word_embeddings": True, **sizes, **heads, **unused}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert drawn(tmp_path).num_parameters == 494_032_768 == counted_by_the_reference(tmp_path)
+
+
 def test_qwen3_30b_a3b_reads_each_expert_by_itself(configs: dict[str, Path]) -> None:
     blueprint = drawn(configs["Qwen__Qwen3-30B-A3B"])
     plan = blueprint.architecture.weight_map.written(blueprint.skeleton)

@@ -25,6 +25,7 @@ from portkit.parity.sites import PortSide, SiteTable
 
 ONE_OF_EACH = [
     "llama3",
+    "qwen2",
     "qwen3",
     "qwen3 moe",
     "llama4 scout",

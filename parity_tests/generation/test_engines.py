@@ -43,6 +43,7 @@ def portkit_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
         "cohere2 with biases",
         "gemma3n plain",
         "smollm3 sliding",
+        "qwen2 yarn sliding",
         "mistral",
     ],
 )

@@ -28,7 +28,8 @@ from portkit.parity.moving import ConfigMoves
 from portkit.parity.neighbours import Move, Neighbour, moves
 from portkit.parity.probe import Probe
 from portkit.parity.probing import default_probe, quick_probe
-from portkit.parity.prove import Question, prove
+from portkit.parity.prove import prove
+from portkit.parity.question import Question
 from portkit.parity.reference import load_reference
 from portkit.parity.sensitivity import LOADING, UNREAD, Sensitivity, over_dtypes
 from portkit.parity.sites import PortSide, SiteTable, watching
@@ -41,6 +42,7 @@ ONE_EACH = [
     "gemma3 shallow",
     "gemma3n plain",
     "smollm3 sliding",
+    "qwen2 yarn sliding",
     "cohere2 with biases",
 ]
 DECIDES_NOTHING = {"pad_token_id", "max_position_embeddings"}

@@ -27,6 +27,7 @@ BY_CONFIG = {
     "gemma3n plain": "gemma3n_text",
     "llama4 scout": "llama4_text",
     "mistral": "mistral",
+    "qwen2": "qwen2",
 }
 
 

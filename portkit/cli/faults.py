@@ -43,7 +43,8 @@ def command(
 
     from portkit.loading import resolve_device
     from portkit.parity import teeth
-    from portkit.parity.prove import Question, measure
+    from portkit.parity.prove import measure
+    from portkit.parity.question import Question
 
     where = resolve_device(device)
     torch.set_num_threads(threads)

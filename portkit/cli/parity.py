@@ -186,7 +186,8 @@ def command(
     from portkit.loading import resolve_device
     from portkit.parity import report, schema
     from portkit.parity.golden import prove_by
-    from portkit.parity.prove import Question, prove
+    from portkit.parity.prove import prove
+    from portkit.parity.question import Question
     from portkit.parity.trace_file import TraceFile
 
     trace = None if golden is None else TraceFile(golden)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from portkit.parity.decode_proof import DecodeParity
-    from portkit.parity.prove import Question
+    from portkit.parity.question import Question
 
 REFUSED = (
     "quick", "thorough", "layers", "backward", "port", "reference", "sites", "golden", "faults",

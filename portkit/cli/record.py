@@ -93,7 +93,7 @@ def command(
     import torch
 
     from portkit.loading import resolve_device
-    from portkit.parity.prove import Question
+    from portkit.parity.question import Question
     from portkit.parity.recording import Keep, Order, record
     from portkit.parity.trace_file import TraceFile
 

@@ -23,7 +23,8 @@ from portkit.errors import PortError, ProbeError
 from portkit.parity import probing, report, schema, summary
 from portkit.parity.judge import Judgement, Verdict
 from portkit.parity.probe import Probe
-from portkit.parity.prove import Question, prove
+from portkit.parity.prove import prove
+from portkit.parity.question import Question
 from portkit.parity.result import ParityResult
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from torch import Tensor
 from portkit.architecture import CausalLM
 from portkit.parity.local import Trace, block_modules, recorder, taught
 from portkit.parity.probe import Pass, chain
-from portkit.parity.sites import PortSide, SiteTable, Visit, watching
+from portkit.parity.roles import Visit
+from portkit.parity.sites import PortSide, SiteTable, watching
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,9 @@ from portkit.parity.feeding import (
 )
 from portkit.parity.free_truth import FreeTruth
 from portkit.parity.gradients import SAME_GRADIENT
-from portkit.parity.judge import CHANNEL_FACTOR, FLOOR_FACTOR, Verdict
+from portkit.parity.judge import CHANNEL_FACTOR, FLOOR_FACTOR, Verdict, worst
 from portkit.parity.ledger import LOGITS
 from portkit.parity.reference import Reference
-from portkit.parity.result import worst
 from portkit.parity.sites import PortSide, SiteTable, watching
 from portkit.readable import ReadableBatch
 

@@ -14,11 +14,12 @@ from portkit.loading import draw, materialize, open_checkpoint, resolve_device, 
 from portkit.parity.decode import Matrix, Tell, decode_matrix
 from portkit.parity.fast_ways import MakePackages
 from portkit.parity.feeding import text_for
-from portkit.parity.judge import Verdict
+from portkit.parity.judge import Verdict, worst
 from portkit.parity.probe import Probe, chain, check_fits
-from portkit.parity.prove import CARE, Question, memory_watched
+from portkit.parity.prove import CARE, memory_watched
+from portkit.parity.question import Question
 from portkit.parity.reference import load_reference
-from portkit.parity.result import NotVerified, worst
+from portkit.parity.result import NotVerified
 from portkit.parity.sites import SiteTable
 
 

@@ -22,8 +22,8 @@ from portkit.parity.pairs import Paired, SitePairs, near
 from portkit.parity.points import listening
 from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Pass
-from portkit.parity.roles import Roles
-from portkit.parity.sites import CannotRun, SiteTable, Visit, parameters_of
+from portkit.parity.roles import Roles, Visit
+from portkit.parity.sites import CannotRun, SiteTable, parameters_of
 
 ARGUMENTS = ("input_ids", "positions", "attention_mask", "cache")
 

@@ -24,7 +24,8 @@ from portkit.parity.ledger import LOGITS, Distance, SiteAccount, rows
 from portkit.parity.local import Calls, Recording, Trace
 from portkit.parity.probe import Pass, check_fits
 from portkit.parity.probing import unexercised
-from portkit.parity.prove import CARE, Question, check_layers, memory_watched
+from portkit.parity.prove import CARE, memory_watched
+from portkit.parity.question import Question, check_layers
 from portkit.parity.recording import PORTKIT, config_digest
 from portkit.parity.result import Comparison, NotVerified, ParityResult
 from portkit.parity.sites import PortSide, SiteTable, watching

@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portkit.parity.judge import Judgement, Verdict, judge, relative
+from portkit.parity.judge import Judgement, Verdict, judge, relative, worst
 from portkit.parity.ledger import Distance, PassRecord, SiteAccount, squares_of
 from portkit.parity.precision import LiftedCasts, held_in_float64
 from portkit.parity.reference import Reference, by_name
-from portkit.parity.result import worst
 from portkit.parity.sites import PortSide, SiteTable, parameters_of, watching
 
 PASS = "backward"

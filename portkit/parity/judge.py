@@ -7,6 +7,7 @@ sums stay within 1.02 times the floor and 1.62 times a channel's; a misplaced ca
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -125,3 +126,10 @@ def _pool(distance: Distance, truth: Distance) -> Tensor:
     channels = distance.per_channel
     padded = torch.nn.functional.pad(channels, (0, -len(channels) % width))
     return padded.view(-1, width).sum(1)
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The one that counts: diverged, inconclusive, rounding, exact. Nothing compared is no pass."""
+    found = set(verdicts)
+    assert found, "nothing was compared"
+    return next(one for one in reversed(Verdict) if one in found)

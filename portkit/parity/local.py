@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from portkit.parity.probe import Pass
-from portkit.parity.sites import Side, SiteTable, Visit
+from portkit.parity.roles import Visit
+from portkit.parity.sites import Side, SiteTable
 
 Trace = dict[str, Tensor]
 
@@ -139,11 +140,11 @@ class Recording:
 def block_modules(side: Side, table: SiteTable) -> dict[str, nn.Module]:
     """The outermost declared modules, which a pass runs one after the other."""
     declared = {n: m for n, m in side.module_sites().items() if table.dims(n) is not None}
-    return {
-        name: module
-        for name, module in declared.items()
-        if not any(name.startswith(f"{other}.") for other in declared)
-    }
+
+    def is_outermost(name: str) -> bool:
+        return not any(c == "." and name[:end] in declared for end, c in enumerate(name))
+
+    return {name: module for name, module in declared.items() if is_outermost(name)}
 
 
 @contextmanager

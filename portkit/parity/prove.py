@@ -6,10 +6,9 @@ missing care, generation, and the coverage of the probe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -24,12 +23,13 @@ from portkit.parity.kill import KillMatrix, kill_matrix
 from portkit.parity.moving import ConfigMoves
 from portkit.parity.precision import ran_out_of_memory
 from portkit.parity.probe import Probe, check_fits
-from portkit.parity.probing import default_probe, training_batch, unexercised
+from portkit.parity.probing import training_batch, unexercised
+from portkit.parity.question import Question, check_layers
 from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
 from portkit.parity.sensitivity import Sensitivity, settled
 from portkit.parity.sharing import share_parameters
-from portkit.parity.sides import Given, Sides, make_sides
+from portkit.parity.sides import Sides, make_sides
 from portkit.parity.sites import CannotRun, PortSide, SiteTable
 from portkit.parity.teeth import Teeth, chosen, merged
 from portkit.tokenizer import Tokenizer
@@ -38,35 +38,6 @@ CARE = torch.bfloat16
 """The dtype in which a missing upcast shows, whatever dtype was asked for."""
 _OPENING = "Once upon a time"
 _CARE_PASSES = {"short", "far"}
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is to be proven. Words are the command's."""
-
-    repo: str | Path
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "cpu"
-    attention: str = "sdpa"
-    reference_attention: str | None = None
-    """None: the same as the port's."""
-    layers: range | None = None
-    """The layers to hold against the truth; None: all, and what is around them."""
-    ignore_config: tuple[str, ...] = ()
-    backward: bool = False
-    """Compare gradients as well."""
-    gate: str = "exact"
-    """By which the faults of the catalogue are judged."""
-    faults: str = "full"
-    """How many of them are tried: full, sampled or off."""
-    choose_probe: Callable[[Blueprint], Probe] = lambda drawn: default_probe(drawn.skeleton)
-    port: Given = None
-    reference: Given = None
-    sites: str | None = None
-    """A table of site pairs, for the port, or for the reference where that alone is foreign."""
-    is_made: bool = False
-    """The foreign side is made already, in one dtype: it cannot be had in another."""
 
 
 @dataclass(frozen=True)
@@ -202,15 +173,6 @@ def _draw(question: Question, checkpoint: Checkpoint) -> Blueprint:
     blueprint = draw(checkpoint, question.attention, question.ignore_config)
     check_layers(question, blueprint.config.num_hidden_layers)
     return blueprint
-
-
-def check_layers(question: Question, num_layers: int) -> None:
-    """Raise `PortkitError` where the model has no such layers."""
-    if question.layers is not None and question.layers.stop > num_layers:
-        raise PortkitError(
-            f"--layers {question.layers.start}-{question.layers.stop - 1}: the model has "
-            f"{num_layers} layers, 0 to {num_layers - 1}"
-        )
 
 
 def _compare(

@@ -28,7 +28,8 @@ from portkit.parity.judge import channel_floors, floor_of, pool_width, relative
 from portkit.parity.ledger import LOGITS, Distance, Ledger, rows, squares_of, token_dim
 from portkit.parity.local import Calls, Recording, Trace, calls_kept, recorder
 from portkit.parity.probe import Pass, Probe, as_json, check_fits
-from portkit.parity.prove import Question, check_layers, memory_watched
+from portkit.parity.prove import memory_watched
+from portkit.parity.question import Question, check_layers
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.sites import EXPERTS, PortSide, Side, SiteTable, watching
 from portkit.parity.trace_file import Provenance, RecordedFloor, description_of, names

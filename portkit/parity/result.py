@@ -5,11 +5,10 @@ Knows the words and the order of verdicts; computes no distance and prints nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from portkit.parity.judge import Judgement, Verdict
+from portkit.parity.judge import Judgement, Verdict, worst
 from portkit.parity.ledger import SiteAccount
 
 if TYPE_CHECKING:
@@ -96,10 +95,3 @@ class ParityResult:
         if found is not Verdict.diverged and any(one.was_meant for one in self.not_verified):
             return Verdict.inconclusive
         return found
-
-
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The one that counts: diverged, inconclusive, rounding, exact. Nothing compared is no pass."""
-    found = set(verdicts)
-    assert found, "nothing was compared"
-    return next(one for one in reversed(Verdict) if one in found)

@@ -10,15 +10,15 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from portkit.nn.moe import ByChoice
 
-if TYPE_CHECKING:
-    from portkit.parity.sites import Visit
+Visit = Callable[[str, Tensor], Tensor]
+"""What somebody makes of a site's tensor, by its name; the model goes on with what is returned."""
 
 
 @cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,14 +19,9 @@ from portkit.parity import factories
 from portkit.parity.factories import Factory
 from portkit.parity.foreign import ForeignSide, Surroundings
 from portkit.parity.pairs import SitePairs
+from portkit.parity.question import Question
 from portkit.parity.reference import load_reference
 from portkit.parity.sites import PortSide, Side, SiteTable
-
-if TYPE_CHECKING:
-    from portkit.parity.prove import Question
-
-Given = str | Factory | None
-"""`module:factory`, or a factory itself; None: ours, or Transformers."""
 
 
 @dataclass(frozen=True)

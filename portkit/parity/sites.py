@@ -26,14 +26,13 @@ from portkit.parity.compiled import reachable
 from portkit.parity.probe import Pass
 from portkit.parity.roles import (
     Roles,
+    Visit,
     method_watched,
     public_methods,
     visit_choices,
     visit_tables,
 )
 from portkit.weights import Template
-
-Visit = Callable[[str, Tensor], Tensor]
 
 QKV = ("query", "key", "value")
 AGAIN = "@"

@@ -15,9 +15,9 @@ from typing import Any
 from portkit.columns import table
 from portkit.parity.diagnose import Cause
 from portkit.parity.gradients import GradientParity
-from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict, relative
+from portkit.parity.judge import FLOOR_FACTOR, SAME_FUNCTION, Judgement, Verdict, relative, worst
 from portkit.parity.ledger import Worst
-from portkit.parity.result import Comparison, ParityResult, worst
+from portkit.parity.result import Comparison, ParityResult
 
 _OPENED_LAYERS, _OPENED_SITES = 3, 4
 _LAYER = re.compile(r"(.*\blayers)\.(\d+)\b")

@@ -27,7 +27,8 @@ from portkit.parity.precision import (
     held_in_float64,
     rows_in_float64,
 )
-from portkit.parity.sites import QKV, Side, SiteTable, Visit, additive, watching
+from portkit.parity.roles import Visit
+from portkit.parity.sites import QKV, Side, SiteTable, additive, watching
 
 Look = Callable[[str, Tensor], None]
 HEAD = "lm_head"

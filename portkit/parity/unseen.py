@@ -14,7 +14,8 @@ from torch import Tensor
 
 from portkit.parity.probe import Pass, Probe
 from portkit.parity.result import NotVerified
-from portkit.parity.sites import CannotRun, Visit
+from portkit.parity.roles import Visit
+from portkit.parity.sites import CannotRun
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=[.#:]|$)")
 _TOLD = 3

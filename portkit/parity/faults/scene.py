@@ -41,6 +41,9 @@ class Facts:
         }
         self.dtype = next(reference.model.parameters()).dtype
         self.attentions = [name for name in self.modules if name.endswith(ATTENTION)]
+        lists = [v for v in vars(self.config).values() if isinstance(v, list | tuple)]
+        by_layer = [one for one in lists if len(one) == self.num_layers]
+        self._traits = [tuple(str(one[i]) for one in by_layer) for i in range(self.num_layers)]
         self._frequencies: dict[Any, tuple[Tensor, float]] = {}
 
     def parameter(self, name: str) -> Tensor | None:
@@ -49,10 +52,7 @@ class Facts:
 
     def traits(self, layer: int | None) -> tuple[str, ...]:
         """What the config's lists with an entry a layer say of one."""
-        lists = (v for v in vars(self.config).values() if isinstance(v, list | tuple))
-        if layer is None:
-            return ()
-        return tuple(str(one[layer]) for one in lists if len(one) == self.num_layers)
+        return () if layer is None else self._traits[layer]
 
     @property
     def num_layers(self) -> int:

@@ -1,0 +1,234 @@
+"""Qwen2 (Yang et al. 2024, arXiv:2407.10671) and Qwen2.5 (arXiv:2412.15115), the dense models.
+
+Llama's block, departing from it in three places:
+
+- queries, keys and values are projected with biases, and nothing else is, whatever the file says;
+- optionally the layers from `max_window_layers` on attend to a sliding window;
+- long contexts by YaRN, where the config asks for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from portkit.architecture import Architecture, CausalLM, Site
+from portkit.config import ConfigReader, check_heads, default_head_dim
+from portkit.nn.attention import KERNELS, visible_keys
+from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
+from portkit.nn.mlp import GatedMLP
+from portkit.nn.norms import RMSNorm
+from portkit.nn.rope import RopeParameters, RotaryEmbedding, rotate
+from portkit.weights import Copy, Tie, WeightMap
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Config:
+    """The keys of `config.json` that the forward pass depends on."""
+
+    vocab_size: int
+    pad_token_id: int | None
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope_parameters: RopeParameters
+    windows: tuple[int | None, ...]
+    """Each layer's sliding window; None where it sees everything."""
+
+
+def read_config(reader: ConfigReader) -> Qwen2Config:
+    hidden_size, num_heads = reader.size("hidden_size"), reader.size("num_attention_heads")
+    max_positions = reader.size("max_position_embeddings", 32768)
+    num_layers = reader.size("num_hidden_layers", maximum=4096)
+    vocab_size = reader.size("vocab_size")
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        pad_token_id=reader.padding_row(vocab_size),
+        hidden_size=hidden_size,
+        intermediate_size=reader.size("intermediate_size"),
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=reader.size("num_key_value_heads", 32),
+        head_dim=reader.size("head_dim", None)
+        or default_head_dim(reader.where, hidden_size, num_heads),
+        max_position_embeddings=max_positions,
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        rope_parameters=RopeParameters(**reader.rope(10000.0, max_positions)),
+        windows=read_windows(reader, num_layers),
+    )
+    reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
+    reader.pin("use_mrope", False, because="positions are one number a token")
+    reader.pin("attention_bias", True, because="query, key and value have biases in any case")
+    reader.pin("mlp_bias", False, because="the reference's feed-forwards have no biases")
+    check_heads(reader.where, num_heads, config.num_key_value_heads, config.head_dim)
+    return config
+
+
+def read_windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
+    """Each layer's window, None where it sees everything: where `sliding_window` is null, each.
+
+    Explicit `layer_types` win; else the layers from `max_window_layers` on slide, if any may.
+    """
+    slides = reader.flag("use_sliding_window", False)
+    window = reader.size("sliding_window", 4096, minimum=2)
+    slides = slides and reader.raw.get("sliding_window", window) is not None
+    first = reader.size("max_window_layers", 28, minimum=0)
+    kinds = reader.words("layer_types", num_layers, (FULL, SLIDING))
+    if kinds is None:
+        kinds = tuple(SLIDING if slides and i >= first else FULL for i in range(num_layers))
+    if SLIDING in kinds and not slides:
+        raise reader.contradiction(
+            "layer_types names sliding layers, use_sliding_window is false or sliding_window null"
+        )
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Qwen2Config, kernel: str) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size)
+        self.k_proj = nn.Linear(config.hidden_size, key_size)
+        self.v_proj = nn.Linear(config.hidden_size, key_size)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.attend = KERNELS[kernel](config.head_dim**-0.5)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        query = self.q_proj(x).view(by_head).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        key = self.k_proj(x).view(by_head).transpose(1, 2)
+        value = self.v_proj(x).view(by_head).transpose(1, 2)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if cache is not None:
+            key, value = cache.update(key, value)
+        context = self.attend(query, key, value, mask)  # (batch, tokens, heads, head_dim)
+        output: Tensor = self.o_proj(context.flatten(2))
+        return output
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Qwen2Config, kernel: str) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, kernel)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, F.silu)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin, mask, cache)
+        h = h + self.mlp(self.post_attention_layernorm(h))
+        return h
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Qwen2Config, kernel: str) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_parameters)
+        self.layers = nn.ModuleList(Layer(config, kernel) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.windows = config.windows
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, cache: Cache | None, padding: Tensor | None
+    ) -> Tensor:
+        h = self.embed_tokens(input_ids)
+        cos, sin = self.rotary_emb(positions, h.dtype)
+        past = 0 if cache is None else cache.length
+        num_tokens = input_ids.shape[1]
+        masks = {
+            window: visible_keys(num_tokens, past, padding, h.device, window)
+            for window in set(self.windows)
+        }
+        caches = [None] * len(self.layers) if cache is None else cache.layers
+        for layer, window, layer_cache in zip(self.layers, self.windows, caches, strict=True):
+            h = layer(h, cos, sin, masks[window], layer_cache)
+        output: Tensor = self.norm(h)
+        return output
+
+
+class Qwen2(CausalLM):
+    config: Qwen2Config
+
+    def __init__(self, config: Qwen2Config, kernel: str = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, kernel)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(hidden_states)
+        return logits
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        return Cache(
+            batch,
+            [
+                SlidingCache(heads, head_dim, window)
+                if window
+                else FullCache(heads, head_dim, length)
+                for window in self.config.windows
+            ],
+        )
+
+
+WEIGHTS = WeightMap(
+    (
+        Copy("model.embed_tokens.weight"),
+        Copy("model.layers.{layer}.input_layernorm.weight"),
+        Copy("model.layers.{layer}.self_attn.{proj=q|k|v|o}_proj.{part=weight|bias}"),
+        Copy("model.layers.{layer}.post_attention_layernorm.weight"),
+        Copy("model.layers.{layer}.mlp.{proj=gate|up|down}_proj.weight"),
+        Copy("model.norm.weight"),
+        Copy("lm_head.weight"),
+        Tie("lm_head.weight", to="model.embed_tokens.weight"),
+    )
+)
+
+SITES = (
+    Site("model.embed_tokens", "batch position channel"),
+    Site("model#cos", "batch position channel"),
+    Site("model#sin", "batch position channel"),
+    Site("model.layers.{layer}.input_layernorm", "batch position channel"),
+    Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
+    Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
+    Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
+    Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
+    Site("model.layers.{layer}.self_attn.o_proj", "batch position channel"),
+    Site("model.layers.{layer}.self_attn", "batch position channel"),
+    Site("model.layers.{layer}.post_attention_layernorm", "batch position channel"),
+    Site("model.layers.{layer}.mlp.{proj=gate|up|down}_proj", "batch position channel"),
+    Site("model.layers.{layer}.mlp", "batch position channel"),
+    Site("model.layers.{layer}", "batch position channel"),
+    Site("model.norm", "batch position channel"),
+    Site("lm_head", "batch position vocabulary"),
+)
+
+QWEN2 = Architecture(
+    model_type="qwen2",
+    summary="Qwen2 and Qwen2.5, the dense models",
+    read_config=read_config,
+    build=Qwen2,
+    weight_map=WEIGHTS,
+    sites=SITES,
+)
