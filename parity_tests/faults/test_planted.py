@@ -51,7 +51,7 @@ SAMPLE = (
     ("head.softcap_applied", "cohere2", "float32", "glue"),
     ("experts.router_logits_in_float32", "qwen3_moe", "bfloat16", "shape"),
 )
-EVERY_LAYER_BUT_ONE = {"head.last_layer_missing"}
+EVERY_LAYER_BUT_ONE = {"head.last_layer_missing", "mlp.sparsity_everywhere"}
 
 
 @pytest.fixture(scope="module")
