@@ -158,8 +158,8 @@ def test_compiled_regions_are_within_the_floor(
     again = FastModel(model, made).start(given, room)
     with torch.inference_mode():
         again.prefill()
-    again.prepare()
-    again.decode(torch.tensor([3]))
+        again.prepare()
+        again.decode(torch.tensor([3]))
     assert again.is_compiled, "the regions are there from before: nobody waits"
     assert made.compile_s == 0
     assert said == []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,7 +103,15 @@ def compile_region(one: Recipe, package: Path) -> None:
     unfinished.replace(package)
 
 
-_INDUCTOR_OPTIONS = {"cpp.enable_floating_point_contract_flag": "fast", "size_asserts": False}
+PREFETCH = Path(__file__).with_name("prefetch.h")
+"""A header that is put before the generated code."""
+_INDUCTOR_OPTIONS = {
+    # The one option that becomes a compiler's flag as it is: torch has none for further flags.
+    "cpp.enable_floating_point_contract_flag": f"fast -include {shlex.quote(str(PREFETCH))}",
+    # A header that was compiled before would have to come first, and is not used behind another.
+    "aot_inductor.precompile_headers": False,
+    "size_asserts": False,
+}
 
 
 if __name__ == "__main__":

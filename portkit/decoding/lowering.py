@@ -83,6 +83,9 @@ class Program:
 
 INPUT_IDS = Value("input_ids")
 _MAX_LAYERS_PER_REGION = 8
+_VECTOR = 32
+"""Numbers that torch's loops take at a time at most. What is left over of a tensor has other last
+bits (of an exponential), and of rows that do not lie together something is left over in each."""
 
 
 @dataclass
@@ -200,6 +203,9 @@ def _stack_projections(draft: _Draft) -> None:
                 if len(group) > 1:
                     part = draft.graph.call_method("narrow", (whole, -1, start, size))
                     part.meta.update(group[0].meta)
+                    if size % _VECTOR:
+                        part = draft.graph.call_method("contiguous", (part,))
+                        part.meta.update(group[0].meta)
                 node.replace_all_uses_with(part)
                 start += size
     _prune(draft.graph)

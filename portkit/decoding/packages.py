@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from portkit.decoding.compiler import Recipe
+from portkit.decoding.compiler import PREFETCH, Recipe
 
 Function = Callable[[list[Tensor]], Sequence[Tensor]]
 """A region's: its arguments in order to its results."""
@@ -148,15 +148,16 @@ def has_compiler() -> bool:
 
 
 def _digest(one: Recipe) -> str:
-    sources = [
+    modules = [
         find_spec(f"portkit.decoding.{name}") for name in ("compiler", "compiled_operations")
     ]
+    sources = [PREFETCH, *(Path(str(spec.origin)) for spec in modules if spec)]
     parts = [
         torch.__version__,
         _processor(),
         one.code,
         repr((sorted(one.names), one.shapes, one.dtypes, one.growing, one.threads)),
-        *(Path(str(spec.origin)).read_text(encoding="utf-8") for spec in sources if spec),
+        *(path.read_text(encoding="utf-8") for path in sources),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
