@@ -132,7 +132,7 @@ def measure(stage: Stage) -> dict[str, Any]:
 
 
 def _possible(stage: Stage, planting: Planting) -> bool:
-    if planting.harmless or stage.dtype not in planting.dtypes:
+    if stage.dtype not in planting.dtypes:
         return False
     return planting.unmet(stage.load("sdpa").model) is None
 

@@ -18,7 +18,7 @@ DEMO = Path(portkit.__file__).parent / "demo_checkpoint"
 KEYS = {
     "engine", "dtype", "batch", "context", "tokens_per_s", "ms_per_token", "prefill_ms",
     "compile_s", "peak_rss_bytes", "peak_device_bytes", "bytes_per_token",
-    "bandwidth_fraction", "same_tokens", "first_difference", "compared", "verdict",
+    "bandwidth_fraction", "same_tokens", "first_difference", "compared", "verdict", "loss",
 }  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def test_decode_measures_each_engine_and_says_whether_it_is_right(
     for row in rows.values():
         assert set(row) == KEYS
         assert row["same_tokens"] is True
+        assert row["loss"] is None
         assert row["compared"]["num_tokens"] == 40
         assert row["compared"]["same_tokens"] is True
         assert row["tokens_per_s"] == pytest.approx(1000 * row["batch"] / row["ms_per_token"])

@@ -27,7 +27,7 @@ def written(folder: Path, tmp_path: Path) -> Path:
 
 def continued(folder: Path, gguf: Path, prompts: list[list[int]], count: int) -> tuple[object, ...]:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    ours = Ours(str(folder), load(folder, device="cpu").report.dtype, READABLE)
+    ours = Ours(str(folder), load(folder, device="cpu").report.dtype, READABLE, "cpu")
     theirs = GgufEngine(str(gguf), 1, len(prompts[0]) + count)
     return ours.run(prompts, count).token_ids, theirs.run(prompts, count).token_ids
 

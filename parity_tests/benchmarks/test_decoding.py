@@ -19,10 +19,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from parity_tests.benchmarks.conftest import MAKE_CHECKPOINT, Compare
+from parity_tests.benchmarks.conftest import MAKE_CHECKPOINT, Compare, Comparison
 from parity_tests.benchmarks.test_opening import record
 from portkit.architecture import CausalLM
-from portkit.bench.engines import READABLE, TRANSFORMERS, Ours, Reference
+from portkit.bench.decode import Plan, measure
+from portkit.bench.engines import READABLE, TRANSFORMERS
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages, default_folder
 from portkit.loading import load
@@ -106,16 +107,26 @@ def test_prefill_on_placed_weights(
     record(benchmark, f"prefill {CONTEXT} tokens", "weights in the mapped file", 1.1, found)
 
 
-LONG_PROMPT = 2000
+LONG_PROMPT, VOCABULARY = 2000, 262_144
 
 
-def test_prefill_against_the_reference(
-    benchmark: BenchmarkFixture, compare: Compare, released_size: Path
-) -> None:
-    ours = Ours(str(released_size), "bfloat16", READABLE, "cpu")
-    theirs = Reference(str(released_size), "bfloat16", TRANSFORMERS, "cpu")
-    given = [list(range(100, 100 + LONG_PROMPT))]
-    found = compare(lambda: ours.run(given, 1), lambda: theirs.run(given, 1), 5)
+def test_prefill_against_the_reference(benchmark: BenchmarkFixture, released_size: Path) -> None:
+    """The same operations; each in a process of its own, as `portkit bench prefill` has them."""
+    threads = torch.get_num_threads()
+    engines = (READABLE, TRANSFORMERS)
+    plan = Plan(
+        str(released_size),
+        "bfloat16",
+        engines,
+        (LONG_PROMPT,),
+        (1,),
+        2,
+        ROUNDS,
+        threads,
+        VOCABULARY,
+    )
+    ours, theirs = benchmark.pedantic(measure, (plan,), rounds=1)
+    found = Comparison(ours.prefill_s, theirs.prefill_s)
     record(benchmark, f"prefill {LONG_PROMPT:,} tokens", "Transformers", 1.0, found)
 
 

@@ -28,6 +28,7 @@ from parity_tests.checkpoints import (
 )
 from parity_tests.faults.planted import PLANTINGS
 from parity_tests.faults.planted.planting import Model, Planting
+from parity_tests.faults.planted.streams import COEF_CLIP
 from portkit.loading import draw, open_checkpoint
 
 _SHALLOW = {"num_hidden_layers": 2}
@@ -38,6 +39,7 @@ _FOUR = {
     "num_hidden_layers": 4,
     "intermediate_size": 96,
     "num_kv_shared_layers": 1,
+    "altup_coef_clip": COEF_CLIP,
     "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
     "activation_sparsity_pattern": [0.9, 0.0, 0.6, 0.0],
 }
@@ -179,10 +181,10 @@ def stages(folder: Folder) -> tuple[list[Stage], list[Impossible]]:
     for family, names in FAMILIES.items():
         for planting in PLANTINGS:
             where = _first(planting, {name: drawn(name) for name in names})
-            if where in names and not planting.harmless:
+            if where in names:
                 found += [Stage(planting, family, where, dtype) for dtype in planting.dtypes]
             else:
-                impossible.append(Impossible(planting, family, planting.harmless or where))
+                impossible.append(Impossible(planting, family, where))
     return found, impossible
 
 

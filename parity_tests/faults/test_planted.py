@@ -40,8 +40,18 @@ SAMPLE = (
     ("experts.weights_on_output", "llama4", "bfloat16", "glue"),
     ("residual.sequential", "cohere2", "bfloat16", "glue"),
     ("head.logit_scale_inverted", "cohere2", "float32", "glue"),
+    ("norm.epsilon (by a ten-thousandth)", "llama", "float32", "function"),
+    ("norm.pre_for_post (post)", "llama", "bfloat16", "glue"),
+    ("norm.pre_for_post (pre)", "gemma3", "float32", "glue"),
+    ("attention.norm_after_rotation", "qwen3", "float32", "glue"),
+    ("attention.types_shifted", "gemma3", "bfloat16", "glue"),
+    ("attention.softmax_in_dtype", "llama", "bfloat16", "care"),
+    ("rope.shifted_by_a_layer", "smollm3", "float32", "glue"),
+    ("rope.scaling_twice", "qwen3_moe", "bfloat16", "function"),
+    ("head.softcap_applied", "cohere2", "float32", "glue"),
+    ("experts.router_logits_in_float32", "qwen3_moe", "bfloat16", "shape"),
 )
-EVERY_LAYER_BUT_ONE = {"head.last_layer_missing"}
+EVERY_LAYER_BUT_ONE = {"head.last_layer_missing", "mlp.sparsity_everywhere"}
 
 
 @pytest.fixture(scope="module")
@@ -127,21 +137,11 @@ def test_every_fault_is_planted_somewhere_or_nowhere_for_a_reason(judging: Judgi
     variants = Counter(one.fault for one in PLANTINGS)
     assert {
         fault for fault, count in nowhere.items() if count == len(FAMILIES) * variants[fault]
-    } == {
-        "mlp.gelu_tanh",
-        "attention.softmax_in_dtype",
-    }
+    } == {"mlp.gelu_tanh"}
     reasons = {(one.planting.name, one.family): one.reason for one in impossible}
     assert reasons["attention.window_plus_one", "llama"] == "no layer slides"
     assert reasons["rope.local_global_exchanged", "qwen3"] == "all layers share one rotary table"
     assert reasons["mlp.gelu_tanh", "gemma3"] == "the feed-forward is not gated by gelu"
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "llama4"])
-def test_what_is_called_harmless_changes_no_bit(family: str, judging: Judging) -> None:
-    (harmless,) = (one for one in PLANTINGS if one.harmless)
-    stage = Stage(harmless, family, next(iter(FAMILIES[family])), "bfloat16")
-    assert judging.judge(stage).comparison.verdict is Verdict.exact
 
 
 @pytest.mark.slow

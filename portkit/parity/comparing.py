@@ -184,7 +184,7 @@ class Comparing:
         release_freed_memory()
 
     def _diagnose(self, diagnosis: Diagnosis, one: Recording) -> None:
-        for site, ours in (*one.unequal.items(), *one.misshapen.items(), *one.apart.items()):
+        for site, ours in {**one.unequal, **one.misshapen, **one.apart}.items():
             verdict = judge(self.ledger.site(site)).verdict
             if verdict is Verdict.rounding:
                 diagnosis.rounding(site, one.run, ours)

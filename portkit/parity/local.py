@@ -130,7 +130,7 @@ class Recording:
     misshapen: Trace = field(default_factory=dict)
     """What the taught port had in another shape or dtype."""
     apart: Trace = field(default_factory=dict)
-    """Some rows of the port in float64, where nothing but float64 shows that it differs."""
+    """Some rows of the port in float64, where nothing but float64 shows how it differs."""
     seen: set[str] = field(default_factory=set)
     """Sites that the port has too."""
     by_token: Trace = field(default_factory=dict)

@@ -27,6 +27,7 @@ from parity_tests.faults.planted.planting import (
     OTHER_SCALE,
     SCALED_SCORES,
     SLIDING,
+    TABLES_BY_TYPE,
     Model,
     Need,
     Planting,
@@ -45,6 +46,9 @@ Plant = Callable[[Model], str]
 HEAD_NORMS = ("q_norm", "k_norm", "v_norm")
 NORM_OF_VALUES = Need(
     "values are not normalised", lambda model: hasattr(attentions(model)[0], "v_norm")
+)
+ONE_TABLE = Need(
+    "a layer's type also says by which table it rotates", lambda model: len(tables(model)) == 1
 )
 OWN_KEYS = Need(
     "a layer's type also says whose keys it shares",
@@ -110,6 +114,8 @@ def _without(left_out: str) -> Plant:
 
 def qk_norms_swapped(model: Model) -> str:
     for attention in attentions(model):
+        if not getattr(attention, "has_own_kv", True):
+            continue
         q_norm, k_norm = attention.q_norm, attention.k_norm
         q_norm.forward, k_norm.forward = k_norm.forward, q_norm.forward
     return "model.layers.0.self_attn.q_norm"
@@ -152,17 +158,14 @@ def _windows(change: Callable[[int | None, int], int | None]) -> Plant:
 
 
 def window_pattern_shifted(model: Model) -> str:
-    """Which layers slide is counted from one layer earlier or later."""
+    """Each layer slides as the one before it should, the first as the last."""
     before, decoder = windows(model), model.model
-    if not isinstance(decoder.windows, dict):
-        new = [*before[1:], before[-1]]
-        slide(model, new)
-        moved = first([a != b for a, b in zip(before, new, strict=True)], True)
-        return f"model.layers.{moved}.self_attn#mask"
-    kinds = decoder.layer_types
-    decoder.layer_types = (kinds[-1], *kinds[:-1])
-    slide(model, [before[-1], *before[:-1]])
-    moved = first([a != b for a, b in zip(kinds, decoder.layer_types, strict=True)], True)
+    new = [before[-1], *before[:-1]]
+    if isinstance(decoder.windows, dict):
+        kinds = decoder.layer_types
+        decoder.layer_types = (kinds[-1], *kinds[:-1])
+    slide(model, new)
+    moved = first([a != b for a, b in zip(before, new, strict=True)], True)
     return f"model.layers.{moved}{':in.cos' if len(tables(model)) > 1 else '.self_attn#mask'}"
 
 
@@ -259,18 +262,19 @@ PLANTINGS = (
     Planting("attention.window_minus_one", _windows(lambda one, _: one and one - 1), (SLIDING,)),
     Planting("attention.window_ignored", _windows(lambda *_: None), (SLIDING,)),
     Planting("attention.window_everywhere", _windows(lambda _, window: window), (BOTH_KINDS,)),
-    Planting("attention.window_pattern_shifted", window_pattern_shifted, (BOTH_KINDS, OWN_KEYS)),
+    Planting(
+        "attention.window_pattern_shifted",
+        window_pattern_shifted,
+        (BOTH_KINDS, OWN_KEYS, ONE_TABLE),
+    ),
+    Planting(
+        "attention.types_shifted", window_pattern_shifted, (BOTH_KINDS, OWN_KEYS, TABLES_BY_TYPE)
+    ),
     Planting("attention.causal_plus_one", _diagonal(1)),
     Planting("attention.causal_minus_one", _diagonal(-1)),
     Planting("attention.padding_ignored", padding_ignored),
     Planting("attention.gqa_order", gqa_order, (GROUPED,)),
     Planting("attention.softcap_applied", Kernel(cap=50.0)),
-    Planting(
-        "attention.softmax_in_dtype",
-        Kernel(wide_softmax=False),
-        dtypes=LOW,
-        kernel="eager",
-        harmless="torch's softmax of bfloat16 computes in float32 on the CPU: no bit differs",
-    ),
+    Planting("attention.softmax_in_dtype", Kernel(wide_softmax=False), dtypes=LOW, kernel="eager"),
     Planting("attention.value_rotated", _turns(_value_rotated, "#value")),
 )

@@ -109,6 +109,7 @@ class Kernel:
     wide_scores: bool = False
     """Queries times keys in float32."""
     wide_softmax: bool = True
+    """False: written by hand in the dtype that comes. (Torch's own is float32 within.)"""
     wide_weights: bool = False
     """The weights stay in float32 for their product with the values."""
 
@@ -138,6 +139,10 @@ class Kernel:
         if self.cap is not None:
             scores = self.cap * torch.tanh(scores / self.cap)
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = F.softmax(scores, -1, dtype=torch.float32 if self.wide_softmax else None)
+        if self.wide_softmax:
+            weights = F.softmax(scores, -1, dtype=torch.float32)
+        else:
+            weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+            weights = weights / weights.sum(-1, keepdim=True)
         context = weights @ value.float() if self.wide_weights else weights.to(dtype) @ value
         return context.to(dtype).transpose(1, 2).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -83,6 +84,13 @@ def _in_its_dtype(router: Any, x: Tensor) -> Routing:
     return Routing(logits, weights, experts)
 
 
+def _in_float32(router: Any, x: Tensor) -> Routing:
+    """All of it, logits too."""
+    wide = copy.deepcopy(router).float()
+    routing: Routing = type(router).forward(wide, x.float())
+    return routing._replace(weights=routing.weights.to(x.dtype))
+
+
 def not_normalised(model: Model) -> str:
     for block in blocks(model).values():
         _router(block).normalise = False
@@ -96,6 +104,12 @@ def _counted(by: int) -> Plant:
         return _first(model, "#experts")
 
     return plant
+
+
+def router_logits_in_float32(model: Model) -> str:
+    _routed(_in_float32)(model)
+    name, block = next(iter(blocks(model).items()))
+    return f"{name}.{'gate' if hasattr(block, 'gate') else 'router'}"
 
 
 def weights_on_input(model: Model) -> str:
@@ -303,6 +317,7 @@ _PLANTINGS = (
     Planting("experts.not_normalised", not_normalised, (NORMALISED, SEVERAL)),
     Planting("experts.normalised", _routed(_summing_to_one), (NOT_NORMALISED,)),
     Planting("experts.router_in_low_precision", _routed(_in_its_dtype), (BY_SOFTMAX,), LOW),
+    Planting("experts.router_logits_in_float32", router_logits_in_float32, dtypes=LOW),
     Planting("experts.one_too_few", _counted(-1), (SEVERAL,)),
     Planting("experts.one_too_many", _counted(1)),
     Planting("experts.weights_on_input", weights_on_input, (WEIGH,)),

@@ -48,8 +48,6 @@ class Planting:
     kernel: str = "sdpa"
     variant: str = ""
     """Which, where one fault is planted in several ways."""
-    harmless: str = ""
-    """Why it changes no bit here, where it does not."""
 
     @property
     def name(self) -> str:

@@ -52,8 +52,8 @@ def _first_scaled(model: Model) -> tuple[str, RotaryEmbedding]:
 def theta(model: Model) -> str:
     """The paper's base for the config's, or the config's of another model for the paper's."""
     kind, made = next(iter(tables(model).items()))
-    usual = 10_000.0
-    other = usual if made.rope.rope_theta != usual else 500_000.0
+    theirs = {one.rope.rope_theta for one in tables(model).values()}
+    other = next(one for one in (10_000.0, 500_000.0) if one not in theirs)
     _respecify(made, replace(made.rope, rope_theta=other))
     return f"model#cos{kind}"
 

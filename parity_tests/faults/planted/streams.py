@@ -29,6 +29,8 @@ from portkit.nn.mlp import gelu_tanh
 from portkit.nn.rope import rotate_by_token
 
 Plant = Callable[[Model], str]
+COEF_CLIP = 0.03
+"""Less than many a coefficient: what the checkpoints say that training clipped to."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,15 @@ def _alone(altup: Any) -> None:
         return torch.matmul(streams.permute(1, 2, 3, 0), matrix).permute(3, 0, 1, 2).contiguous()
 
     altup.predict = predict
+
+
+def _clipped(altup: Any) -> None:
+    for coefs in (altup.prediction_coefs, altup.correction_coefs):
+
+        def forward(x: Tensor, own: Any = coefs) -> Tensor:
+            return F.linear(x, own.weight.clamp(-COEF_CLIP, COEF_CLIP))
+
+        coefs.forward = forward
 
 
 def _without_one(altup: Any) -> None:
@@ -304,6 +315,7 @@ _PLANTINGS = (
     Planting("altup.correction_without_one", _altup(_without_one, "#correct")),
     Planting("altup.output_scale_missing", output_scale_missing),
     Planting("altup.active_index", _altup(_other_stream, ".router_norm:in")),
+    Planting("altup.coefs_clipped", _altup(_clipped, ".prediction_coefs")),
     Planting("altup.router_scale_missing", _altup(_unscaled_router, ".modality_router:in")),
     Planting("altup.tanh_missing", _altup(_unbounded, ".prediction_coefs:in")),
     Planting("altup.streams_not_sized", streams_not_sized, variant="at first"),

@@ -30,7 +30,8 @@ from portkit.nn.attention import visible_keys
 from portkit.nn.cache import ChunkedCache
 
 Plant = Callable[[Model], str]
-OF_POSITIONS = ("rotates", "qk_norm", "is_tempered")
+OF_TEMPERATURE = ("attn_scale", "floor_scale")
+OF_POSITIONS = ("rotates", "qk_norm", "is_tempered", *OF_TEMPERATURE)
 
 
 def _query(layer: int) -> str:
@@ -72,6 +73,11 @@ def _tempered(change: Callable[[Any], None]) -> Plant:
 
 def _changed(before: list[bool], now: list[bool]) -> int:
     return first([a != b for a, b in zip(before, now, strict=True)], True)
+
+
+def tempered_everywhere(model: Model) -> str:
+    scales = {name: getattr(model.config, name) for name in OF_TEMPERATURE}
+    return _tempered(_set(is_tempered=True, **scales))(model)
 
 
 def _set(**values: Any) -> Callable[[Any], None]:
@@ -150,7 +156,7 @@ PLANTINGS = (
     Planting("attention.temperature_missing", _tempered(_set(is_tempered=False)), (TEMPERED,)),
     Planting("attention.temperature_floor", _tempered(_set(floor_scale=8)), (TEMPERED,)),
     Planting("attention.temperature_scale", _tempered(_set(attn_scale=0.1)), (TEMPERED,)),
-    Planting("attention.temperature_everywhere", _tempered(_set(is_tempered=True)), (TEMPERED,)),
+    Planting("attention.temperature_everywhere", tempered_everywhere, (TEMPERED,)),
     Planting("attention.norm_after_rotation_missing", norm_missing, (NORM_BEHIND,)),
     Planting("attention.norm_before_rotation", norm_before_rotation, (NORM_BEHIND,)),
 )

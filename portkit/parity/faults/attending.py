@@ -71,6 +71,8 @@ class Kernel:
     parts: bool = False
     """Computed from its parts although a fused kernel was asked for."""
     low_softmax: bool = False
+    """Every step of the softmax is rounded to the model's dtype. (Torch's own computes in float32
+    within, whatever it is given, so that leaving the upcast to it changes next to no bit.)"""
     wide_scores: bool = False
     wide_weights: bool = False
 
@@ -158,7 +160,9 @@ class Kernel:
 
 def _softmax_in(scores: Tensor, dtype: torch.dtype) -> Tensor:
     """Every step in the model's dtype."""
-    return F.softmax(scores.to(dtype), dim=-1)
+    scores = scores.to(dtype)
+    powers = (scores - scores.max(-1, keepdim=True).values).exp()
+    return powers / powers.sum(-1, keepdim=True)
 
 
 def masks(scene: Scene, site: str) -> Iterator[Mask]:

@@ -1,16 +1,16 @@
-"""Faults of attention: its scale, its norms of heads, which keys a query sees."""
+"""Faults of attention: its scale, its norms of heads, what stands between them and the kernel."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from portkit.parity.faults.attending import Kernel, Mask
+from portkit.parity.faults.attending import Kernel
 from portkit.parity.faults.fault import Edit, Fault, Place, either, on
 from portkit.parity.faults.modules import Norm
 from portkit.parity.faults.rotary import Heads, Rotation
-from portkit.parity.faults.scene import in_layer, layer_of
+from portkit.parity.faults.wiring import Copy
 
 
 def _scales(kernel: Kernel, place: Place, scale: float) -> Iterable[Kernel]:
@@ -65,65 +65,20 @@ def _norm_swapped(norm: Norm, place: Place) -> Iterator[Norm]:
 
 
 def _norm_after(rotation: Rotation, place: Place) -> Iterator[Rotation]:
+    """All of it; or the rotation that is lacking here, since it was made before the norm."""
     own = place.recipe(rotation.source)
-    if isinstance(own, Norm):
+    if isinstance(own, Norm) and rotation.turns:
         yield replace(rotation, source=f"{rotation.source}:in", norm_after=own)
+        yield replace(rotation, style="none")
 
 
-def _window(by: int) -> Edit:
-    def mask(one: Mask, place: Place) -> Iterator[Mask]:
-        if one.window is not None:
-            yield replace(one, window=one.window + by)
-
-    return _masked(mask)
-
-
-def _masked(edit: Edit) -> Edit:
-    """A mask, or the keys that a kernel itself leaves out."""
-
-    def kernel(one: Kernel, place: Place) -> Iterator[Kernel]:
-        own = place.recipe(f"{place.facts.attention(place.site)}#mask")
-        if isinstance(own, Mask):
-            for other in edit(own, place):
-                assert isinstance(other, Mask)
-                yield replace(one, mask=other)
-
-    return either(on(Mask, edit), on(Kernel, kernel))
-
-
-def _ignored(mask: Mask, place: Place) -> Iterator[Mask]:
-    if mask.window is not None:
-        yield replace(mask, window=None)
-
-
-def _everywhere(mask: Mask, place: Place) -> Iterator[Mask]:
-    if mask.window is None:
-        yield from (replace(mask, window=one) for one in place.facts.windows())
-
-
-def _shifted(mask: Mask, place: Place) -> Iterator[Mask]:
-    layer = layer_of(place.site)
-    for other in () if layer is None else (layer - 1, layer + 1):
-        name = in_layer(place.facts.attention(place.site), other)
-        if name in place.facts.modules and place.facts.window(name) != mask.window:
-            yield replace(mask, window=place.facts.window(name))
-
-
-def _within(change: Callable[[Mask, int], Iterable[Mask]]) -> Edit:
-    """The mask of a layer that attends within chunks."""
-
-    def mask(one: Mask, place: Place) -> Iterator[Mask]:
-        if one.chunk is not None:
-            yield from change(one, one.chunk)
-
-    return _masked(mask)
-
-
-def _chunk_by(by: int) -> Edit:
-    """Chunks begin a token late or early: the first one, or each of them."""
-    return _within(
-        lambda one, length: (replace(one, chunk_offset=-by), replace(one, chunk=length + by))
-    )
+def _rotated_before(copy: Copy, place: Place) -> Iterator[Rotation]:
+    """What a norm of heads is given was rotated already."""
+    attention, _, norm = place.site.removesuffix(":in").rpartition(".")
+    if norm in {"q_norm", "k_norm"}:
+        own = place.recipe(f"{attention}#{'query' if norm == 'q_norm' else 'key'}")
+        if isinstance(own, Rotation) and own.turns and own.source == f"{attention}.{norm}":
+            yield replace(own, source=copy.of)
 
 
 def _not_tempered(rotation: Rotation, place: Place) -> Iterator[Rotation]:
@@ -171,10 +126,6 @@ def _norm_before(rotation: Rotation, place: Place) -> Iterator[Rotation]:
             yield replace(rotation, style=inner.style, upcast=inner.upcast)
     elif place.site.endswith(":in"):
         yield replace(rotation, style="none")
-
-
-def _causal(by: int) -> Edit:
-    return _masked(on(Mask, lambda one, _: (replace(one, ahead=one.ahead + by),)))
 
 
 def _tiled(kernel: Kernel, place: Place) -> Iterator[Kernel]:
@@ -249,62 +200,7 @@ FAULTS = (
         "attention.norm_after_rotation",
         "normalises query and key after their rotation",
         "normalise first, then rotate",
-        on(Rotation, _norm_after),
-    ),
-    Fault(
-        "attention.window_plus_one",
-        "has a window one key too wide",
-        "a token sees itself and `sliding_window` - 1 before it",
-        _window(1),
-        needs=("window crossed",),
-    ),
-    Fault(
-        "attention.window_minus_one",
-        "has a window one key too narrow",
-        "a token sees itself and `sliding_window` - 1 before it",
-        _window(-1),
-        needs=("window crossed",),
-    ),
-    Fault(
-        "attention.window_ignored",
-        "lets a sliding layer see everything",
-        "limit the layers that `layer_types` calls sliding",
-        _masked(on(Mask, _ignored)),
-        needs=("window crossed",),
-    ),
-    Fault(
-        "attention.window_everywhere",
-        "limits a full layer to the window",
-        "limit only the layers that `layer_types` calls sliding",
-        _masked(on(Mask, _everywhere)),
-        needs=("window crossed",),
-    ),
-    Fault(
-        "attention.window_pattern_shifted",
-        "has the pattern of sliding and full layers shifted by one",
-        "take each layer's type from `layer_types`",
-        _masked(on(Mask, _shifted)),
-        needs=("window crossed",),
-    ),
-    Fault(
-        "attention.causal_plus_one",
-        "lets a token see the next one",
-        "the diagonal of the causal mask is 0",
-        _causal(1),
-        needs=("several tokens",),
-    ),
-    Fault(
-        "attention.causal_minus_one",
-        "does not let a token see itself",
-        "the diagonal of the causal mask belongs to what is seen",
-        _causal(-1),
-    ),
-    Fault(
-        "attention.padding_ignored",
-        "lets tokens see the padding",
-        "mask the keys where the attention mask is 0",
-        _masked(on(Mask, lambda one, _: (replace(one, padding=False),))),
-        needs=("left padding",),
+        either(on(Rotation, _norm_after), on(Copy, _rotated_before)),
     ),
     Fault(
         "attention.gqa_order",
@@ -325,27 +221,6 @@ FAULTS = (
         on(Heads, _value_rotated),
     ),
     Fault(
-        "attention.chunk_as_window",
-        "slides a window over the past where this layer attends within chunks",
-        "a token sees those of its own chunk of `attention_chunk_size` alone",
-        _within(lambda one, _: (replace(one, chunk=None),)),
-        needs=("window decoded",),
-    ),
-    Fault(
-        "attention.chunk_plus_one",
-        "begins a chunk a token late",
-        "the chunk of a token is its place // `attention_chunk_size`",
-        _chunk_by(1),
-        needs=("window decoded",),
-    ),
-    Fault(
-        "attention.chunk_minus_one",
-        "begins a chunk a token early",
-        "the chunk of a token is its place // `attention_chunk_size`",
-        _chunk_by(-1),
-        needs=("window decoded",),
-    ),
-    Fault(
         "attention.temperature_missing",
         "does not scale the queries of layers without positions",
         "honour `attn_temperature_tuning`",
@@ -356,21 +231,21 @@ FAULTS = (
         "has another `floor_scale` in its temperature",
         "log(1 + floor(tokens / floor_scale)), of tokens counted from 1",
         on(Rotation, _cooler),
-        needs=("several tokens",),
+        needs=("later tokens",),
     ),
     Fault(
         "attention.temperature_scale",
         "has another `attn_scale` in its temperature",
         "1 + attn_scale * log(1 + floor(tokens / floor_scale))",
         on(Rotation, _warmer),
-        needs=("several tokens",),
+        needs=("later tokens",),
     ),
     Fault(
         "attention.temperature_everywhere",
         "scales the queries of layers that rotate by the temperature too",
         "scale them in layers without positions alone",
         on(Rotation, _tempered_too),
-        needs=("several tokens",),
+        needs=("later tokens",),
     ),
     Fault(
         "attention.norm_after_rotation_missing",

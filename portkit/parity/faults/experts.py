@@ -42,7 +42,9 @@ _NOT_SENT_WEIGHED = on(Sent, lambda sent, _: (replace(sent, weighs=False),))
 
 
 def _wide_logits(linear: Linear, place: Place) -> Iterator[Linear]:
+    """And goes on in float32, or rounds them: there few bits differ, and often none."""
     if is_router(place.scene, place.site):
+        yield replace(linear, upcast=True, cast=False)
         yield replace(linear, upcast=True)
 
 

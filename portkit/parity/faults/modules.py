@@ -115,7 +115,9 @@ class Linear:
     bias: str | None
     transposed: bool = False
     upcast: bool = False
-    """Multiplied in float32, and rounded."""
+    """Multiplied in float32."""
+    cast: bool = True
+    """Rounded to the model's dtype."""
     clip: float | None = None
     """Weights are clipped to at most so much."""
 
@@ -127,7 +129,8 @@ class Linear:
         weight = weight.T if self.transposed else weight
         weight = weight if self.clip is None else weight.clamp(-self.clip, self.clip)
         if self.upcast:
-            return F.linear(x.float(), weight.float(), bias).to(x.dtype)
+            made = F.linear(x.float(), weight.float(), bias)
+            return made.to(x.dtype) if self.cast else made
         return F.linear(x, weight, bias)
 
 
@@ -235,8 +238,8 @@ class Logits:
         made = scene.at("lm_head")
         if made is None:
             return made
-        made = made if self.cap is None else torch.tanh(made / self.cap) * self.cap
-        return made if self.scale == 1.0 else made * self.scale
+        made = made if self.scale == 1.0 else made * self.scale
+        return made if self.cap is None else torch.tanh(made / self.cap) * self.cap
 
 
 def logits(config: Any) -> Logits:

@@ -28,6 +28,7 @@ class Fed:
 
 NEEDS: dict[str, tuple[str, Callable[[Fed], bool]]] = {
     "several tokens": ("several tokens", lambda fed: fed.one.num_tokens > 1),
+    "later tokens": ("a token that is not the first", lambda fed: fed.end > 1),
     "window crossed": (
         "more tokens than the window",
         lambda fed: fed.window is None or fed.end > fed.window + 1,

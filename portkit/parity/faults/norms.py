@@ -111,7 +111,41 @@ def _exchanged_sum(total: Sum, place: Place) -> Iterator[Sum]:
                 yield _with(total, number, name)
 
 
-def _pre_for_post(copy: Copy, place: Place) -> Iterator[Copy]:
+def _sums(place: Place, layer: str) -> Iterator[Sum]:
+    """The sums that a layer's norms are given, and the one that it gives."""
+    names = (f"{one}:in" for one in place.facts.modules if _is_norm_of(one, layer))
+    for site in (*names, layer):
+        total = place.recipe(site) if site in place.scene.trace else None
+        if isinstance(total, Sum):
+            yield total
+
+
+def _is_norm_of(name: str, layer: str) -> bool:
+    within, _, norm = name.rpartition(".")
+    return within == layer and "norm" in norm
+
+
+def _post_for_pre_copy(copy: Copy, place: Place) -> Iterator[Sum]:
+    """Who reads a norm of a sum reads the sum of what was added, normalised, and the stream."""
+    total = place.recipe(f"{copy.of}:in") if _is_norm(place, copy.of) else None
+    if isinstance(total, Sum) and total.terms[-1].endswith(SUBLAYERS) and is_inner(copy.of):
+        yield replace(total, terms=(*total.terms[:-1], copy.of))
+
+
+def _post_for_pre_sum(total: Sum, place: Place) -> Iterator[Recipe]:
+    """A norm of a sum is given what is added alone; the stream gets what it makes of that."""
+    norm = place.site.removesuffix(":in")
+    if norm != place.site:
+        if _is_norm(place, norm) and is_inner(norm) and total.terms[-1].endswith(SUBLAYERS):
+            yield Copy(total.terms[-1])
+        return
+    for name in place.facts.modules:
+        inner = place.recipe(f"{name}:in") if _is_norm_of(name, place.site) else None
+        if isinstance(inner, Sum) and inner.terms[-1] in total.terms:
+            yield _with(total, total.terms.index(inner.terms[-1]), name)
+
+
+def _pre_for_post(copy: Copy, place: Place) -> Iterator[Recipe]:
     """A norm of a block's input that is given its output, or the reverse."""
     norm = place.site.removesuffix(":in")
     if norm == place.site or not _is_norm(place, norm) or not is_inner(norm):
@@ -120,6 +154,9 @@ def _pre_for_post(copy: Copy, place: Place) -> Iterator[Copy]:
     if copy.of.endswith(SUBLAYERS):
         yield replace(copy, of=f"{copy.of}:in")
         yield replace(copy, of=f"{block}:in")
+        for total in _sums(place, block):
+            if norm in total.terms:  # which it would normalise with the block's output added
+                yield Sum((*total.terms[: total.terms.index(norm)], copy.of))
         return
     for part in SUBLAYERS:
         own = place.recipe(f"{block}{part}:in") if f"{block}{part}" in place.facts.modules else None
@@ -200,7 +237,11 @@ FAULTS = (
         "norm.pre_for_post",
         "normalises a block's input where this family normalises its output, or the reverse",
         "move the norm to the other side of the block",
-        on(Copy, _pre_for_post),
+        either(
+            on(Copy, _pre_for_post),
+            on(Sum, _post_for_pre_sum),
+            on(Copy, _post_for_pre_copy),
+        ),
         leaves_out=True,
     ),
     Fault(

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from portkit.parity.faults.attending import Kernel
 from portkit.parity.faults.fault import Edit, Fault, Place, on
 from portkit.parity.faults.modules import Norm, Product
@@ -33,8 +35,13 @@ def _wide_residual(total: Sum, place: Place) -> Iterator[Sum]:
 
 
 def _in_parts(**changes: Any) -> Edit:
-    """Of the kernel that is computed from its parts."""
-    return on(Kernel, lambda k, _: (replace(k, **changes),) if k.kernel == "eager" else ())
+    """Of the kernel that is computed from its parts, where float32 is another dtype."""
+
+    def edit(kernel: Kernel, place: Place) -> Iterable[Kernel]:
+        applies = kernel.kernel == "eager" and place.facts.dtype != torch.float32
+        return (replace(kernel, **changes),) if applies else ()
+
+    return on(Kernel, edit)
 
 
 FAULTS = (
@@ -76,7 +83,7 @@ FAULTS = (
     ),
     Fault(
         "attention.softmax_in_dtype",
-        "computes the softmax in the model's dtype",
+        "computes each step of the softmax in the model's dtype",
         "upcast the scores to float32 for the softmax, and cast the weights back",
         _in_parts(low_softmax=True),
     ),

@@ -55,8 +55,9 @@ def _unscaled(before: dict[str, Any], place: Place) -> Iterator[dict[str, Any]]:
         yield unscaled(before)
 
 
-def _twice(tables: Tables, place: Place) -> Iterable[Tables]:
-    return (replace(tables, times=2),) if _is_scaled(dict(tables.parameters)) else ()
+def _twice(tables: Tables, place: Place) -> Iterator[Tables]:
+    if _is_scaled(dict(tables.parameters)):
+        yield from (replace(tables, times=2, amplified=times) for times in (2, 1))
 
 
 def _others(tables: Tables, place: Place) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -192,17 +193,17 @@ def _float_tables(rotation: Rotation, place: Place) -> Iterator[Rotation]:
 
 FAULTS = (
     Fault(
-        "rope.theta",
-        "has another rotary base than the config's `rope_theta`",
-        "read `rope_theta` (or `rope_parameters`) of the config, not a default",
-        _field(None, "rope_theta", _THETAS),
-        needs=("several tokens",),
-    ),
-    Fault(
         "rope.local_global_exchanged",
         "gives one layer type the rotary tables of the other",
         "look up tables by the layer's own type",
         on_tables(_exchanged),
+    ),
+    Fault(
+        "rope.theta",
+        "has another rotary base than the config's `rope_theta`",
+        "read `rope_theta` (or `rope_parameters`) of the config, not a default",
+        _field(None, "rope_theta", _THETAS),
+        needs=("later tokens",),
     ),
     Fault(
         "rope.scaling_ignored",
@@ -342,7 +343,7 @@ FAULTS = (
         "rotate where the model does: a 1 in `no_rope_layers` means that the layer rotates; where "
         "there is no such list, only layers of one type do",
         on(Rotation, _rotated_too),
-        needs=("several tokens",),
+        needs=("later tokens",),
     ),
     Fault(
         "rope.shifted_by_a_layer",
@@ -350,7 +351,7 @@ FAULTS = (
         "take from the config which layers rotate, or count from 0: layer i has none where "
         "(i + 1) % interval == 0",
         on(Rotation, _shifted),
-        needs=("several tokens",),
+        needs=("later tokens",),
         leaves_out=True,
     ),
     Fault(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from portkit.parity.faults.modules import Norm
 from portkit.parity.faults.scene import Scene
+from portkit.parity.ledger import token_dim
 from portkit.parity.sites import AGAIN
 
 Parameters = tuple[tuple[str, object], ...]
@@ -28,6 +29,8 @@ class Tables:
     parameters: Parameters
     times: int = 1
     """How often the scaling of frequencies is applied."""
+    amplified: int = 1
+    """How often the scaling of the tables themselves is."""
     offset: int = 0
     """Added to every position."""
     step_offset: int = 0
@@ -93,7 +96,7 @@ class Tables:
         if self.times != 1:
             plain, _ = scene.facts.frequencies(self.kind, unscaled(parameters))
             frequencies = frequencies * (frequencies / plain) ** (self.times - 1)
-            scaling = scaling**self.times
+        scaling = scaling**self.amplified
         if self.low_frequencies:
             frequencies = scene.facts.rounded(frequencies)
         return frequencies, scaling
@@ -163,8 +166,9 @@ class Rotation:
             new = tempered(scene, new, *self.temperature)
         if self.scale != 1.0:
             new = new * self.scale
-        if site.endswith(":in"):  # of a norm of heads behind it, by token
-            return new.transpose(1, 2)
+        if site.endswith(":in"):  # of a norm of heads behind it
+            dims = scene.facts.table.dims(site)
+            return new.transpose(1, 2) if dims is not None and token_dim(dims) == 1 else new
         if site.endswith("#query"):
             return new
         return with_past(scene, site, new, self)
