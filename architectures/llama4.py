@@ -13,7 +13,7 @@ A decoder like Llama 3's, departing from it in these places:
   that all tokens pass through. The router's sigmoid weighs an expert's *input*;
 - with eager attention the softmax is in the model's dtype.
 
-The released checkpoints have a vision tower, whose tensors are dropped.
+The released checkpoints' vision tower is dropped.
 """
 
 from __future__ import annotations
@@ -335,7 +335,6 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 VISION = "the vision tower is not ported; this is the language model alone"
-
 WEIGHTS = WeightMap(
     (
         Copy("model.embed_tokens.weight"),

@@ -33,11 +33,11 @@ from parity_tests.faults.planted.planting import Planting  # noqa: E402
 from portkit.importers.llama2c import import_llama2c  # noqa: E402
 from portkit.loading import LoadedModel, load  # noqa: E402
 from portkit.parity.comparing import compare  # noqa: E402
-from portkit.parity.judge import Verdict  # noqa: E402
-from portkit.parity.probe import Probe, chain  # noqa: E402
-from portkit.parity.probing import default_probe  # noqa: E402
+from portkit.parity.judging.judge import Verdict  # noqa: E402
+from portkit.parity.probes.probe import Probe, chain  # noqa: E402
+from portkit.parity.probes.probing import default_probe  # noqa: E402
 from portkit.parity.reference import Reference, load_reference  # noqa: E402
-from portkit.parity.sites import PortSide, SiteTable  # noqa: E402
+from portkit.parity.sides.sites import PortSide, SiteTable  # noqa: E402
 from portkit.tokenizer import Tokenizer  # noqa: E402
 
 SAVED, README = ROOT / "docs" / "gates.json", ROOT / "README.md"

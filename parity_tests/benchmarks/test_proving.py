@@ -21,15 +21,16 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from parity_tests.benchmarks.conftest import Comparison
 from parity_tests.benchmarks.test_opening import record, say
 from portkit.loading import load, materialize
-from portkit.parity import comparing, sides
+from portkit.parity import comparing
+from portkit.parity.judging.precision import held_in_float64
 from portkit.parity.logits import run_all
-from portkit.parity.precision import held_in_float64
-from portkit.parity.probe import Probe
-from portkit.parity.probing import default_probe
+from portkit.parity.probes.probe import Probe
+from portkit.parity.probes.probing import default_probe
 from portkit.parity.prove import prove
 from portkit.parity.question import Question
 from portkit.parity.reference import load_reference
-from portkit.parity.sites import PortSide, Side
+from portkit.parity.sides import making
+from portkit.parity.sides.sites import PortSide, Side
 
 MEMORY_OF_PROVING = """
 import re, sys
@@ -37,7 +38,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from portkit.parity.question import Question
 from portkit.parity.prove import prove
-from portkit.parity import comparing, truth
+from portkit.parity import comparing
+from portkit.parity.judging import truth
 import torch
 
 def peak_bytes():  # getrusage's would begin with the peak of whoever started us
@@ -125,7 +127,7 @@ def test_a_cause_within_a_proof(
         loaded.model.get_submodule("model.layers.3.input_layernorm").eps = 1e-5
         return loaded
 
-    monkeypatch.setattr(sides, "materialize", planted)
+    monkeypatch.setattr(making, "materialize", planted)
     spent = {}
 
     def in_turn() -> None:

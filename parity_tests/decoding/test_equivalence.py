@@ -29,9 +29,10 @@ from portkit.decoding.session import Session
 from portkit.errors import ProbeError
 from portkit.loading import COMPUTE_DTYPES, draw, load, materialize, open_checkpoint
 from portkit.nn.cache import Cache
-from portkit.parity.decode import COMPILED, FAST, RING, Matrix, decode_matrix
-from portkit.parity.fast_ways import MakePackages
-from portkit.parity.feeding import (
+from portkit.parity.decoding.fast_ways import MakePackages
+from portkit.parity.decoding.matrix import COMPILED, FAST, RING, Matrix, decode_matrix
+from portkit.parity.judging.judge import Verdict
+from portkit.parity.probes.feeding import (
     CHUNKS,
     DECODED,
     ONE_BY_ONE,
@@ -40,9 +41,8 @@ from portkit.parity.feeding import (
     WHOLE,
     text_for,
 )
-from portkit.parity.judge import Verdict
 from portkit.parity.reference import load_reference
-from portkit.parity.sites import SiteTable
+from portkit.parity.sides.sites import SiteTable
 from portkit.readable import ReadableBatch
 
 WINDOW = 24

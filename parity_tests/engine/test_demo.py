@@ -15,8 +15,8 @@ from portkit.cli import demo, main
 from portkit.loading import load
 from portkit.parity import demonstration
 from portkit.parity.demonstration import EPSILON, SITE, Found, Gates, gates_of
-from portkit.parity.judge import Verdict
-from portkit.parity.probe import Pass, Probe
+from portkit.parity.judging.judge import Verdict
+from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.result import Comparison, ParityResult
 
 CHECKPOINT = Path(portkit.__file__).parent / "demo_checkpoint"

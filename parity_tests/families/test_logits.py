@@ -12,9 +12,9 @@ from parity_tests.checkpoints import TINY, save_tiny_multimodal, save_tiny_with_
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
 from portkit.parity.logits import compare_logits, run_all
-from portkit.parity.probing import default_probe, thorough_probe
+from portkit.parity.probes.probing import default_probe, thorough_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sites import PortSide
+from portkit.parity.sides.sites import PortSide
 
 DTYPES = [torch.float32, torch.bfloat16]
 KERNELS = ["sdpa", "eager"]

@@ -19,9 +19,9 @@ from portkit.loading import LoadedModel, load
 from portkit.nn.mlp import gelu_tanh
 from portkit.nn.moe import ByChoice
 from portkit.parity.comparing import compare
-from portkit.parity.probing import quick_probe
+from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide, SiteTable
 
 ONE_OF_EACH = [
     "llama3",

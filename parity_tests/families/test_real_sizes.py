@@ -24,12 +24,12 @@ from portkit.generation.loop import generate
 from portkit.generation.settings import GenerationSettings
 from portkit.loading import load
 from portkit.parity.comparing import compare
-from portkit.parity.judge import Verdict
-from portkit.parity.probe import Probe
-from portkit.parity.probing import default_probe, quick_probe
+from portkit.parity.judging.judge import Verdict
+from portkit.parity.probes.probe import Probe
+from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.result import Comparison
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide, SiteTable
 
 MAKE_CHECKPOINT = Path(__file__).resolve().parents[2] / "tools" / "make_checkpoint.py"
 KERNELS = ["sdpa", "eager"]

@@ -14,12 +14,12 @@ from parity_tests.faults.planted.planting import Planting
 from parity_tests.faults.stages import OWN, Stage
 from portkit.loading import LoadedModel, load
 from portkit.parity.comparing import compare
-from portkit.parity.judge import Judgement, Verdict
-from portkit.parity.probe import Probe
-from portkit.parity.probing import default_probe, quick_probe
+from portkit.parity.judging.judge import Judgement, Verdict
+from portkit.parity.probes.probe import Probe
+from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide, SiteTable
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from parity_tests.faults.judging import Finding, Judging, plant
 from parity_tests.faults.planted.planting import Model, Planting
 from parity_tests.faults.stages import Stage
-from portkit.parity.judge import Verdict
+from portkit.parity.judging.judge import Verdict
 
 NUM_PAIRS = 40
 

@@ -11,7 +11,7 @@ import torch
 from parity_tests.faults.everyday import GATES, passed
 from parity_tests.faults.planted import PLANTINGS
 from portkit.parity.faults.catalogue import CATALOGUE
-from portkit.parity.probe import Probe, chain
+from portkit.parity.probes.probe import Probe, chain
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVED = json.loads((ROOT / "docs" / "gates.json").read_text(encoding="utf-8"))

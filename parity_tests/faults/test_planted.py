@@ -12,7 +12,7 @@ from parity_tests.faults.judging import Finding, Judging, checkpoints_in
 from parity_tests.faults.misses import NOT_NAMED
 from parity_tests.faults.planted import PLANTINGS
 from parity_tests.faults.stages import FAMILIES, OWN, Stage, stages
-from portkit.parity.judge import Verdict
+from portkit.parity.judging.judge import Verdict
 
 SAMPLE = (
     # fault, family, dtype, kind of the first culprit; None: closer to the truth than the reference

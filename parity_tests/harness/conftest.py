@@ -11,13 +11,13 @@ import torch
 from parity_tests.conftest import CheckpointMaker
 from portkit.cli import main
 from portkit.loading import load
-from portkit.parity import report
 from portkit.parity.comparing import compare
-from portkit.parity.probing import quick_probe
+from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
+from portkit.parity.reports import report
+from portkit.parity.reports.schema import as_fields
 from portkit.parity.result import NotVerified, ParityResult
-from portkit.parity.schema import as_fields
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide, SiteTable
 
 CULPRIT = "model.layers.3.self_attn#context"
 

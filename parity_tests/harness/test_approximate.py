@@ -10,8 +10,8 @@ import torch
 
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
-from portkit.parity.approximate import loss
-from portkit.parity.sites import SiteTable
+from portkit.parity.decoding.approximate import loss
+from portkit.parity.sides.sites import SiteTable
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

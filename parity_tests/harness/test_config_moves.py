@@ -22,17 +22,17 @@ from portkit.cli import app
 from portkit.loading import draw, load, materialize, open_checkpoint
 from portkit.nn.norms import UnitOffsetRMSNorm
 from portkit.nn.rope import RopeParameters
-from portkit.parity.ledger import LOGITS
-from portkit.parity.local import Trace, recorder
-from portkit.parity.moving import ConfigMoves
-from portkit.parity.neighbours import Move, Neighbour, moves
-from portkit.parity.probe import Probe
-from portkit.parity.probing import default_probe, quick_probe
+from portkit.parity.judging.ledger import LOGITS
+from portkit.parity.judging.local import Trace, recorder
+from portkit.parity.probes.probe import Probe
+from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.prove import prove
 from portkit.parity.question import Question
 from portkit.parity.reference import load_reference
-from portkit.parity.sensitivity import LOADING, UNREAD, Sensitivity, over_dtypes
-from portkit.parity.sites import PortSide, SiteTable, watching
+from portkit.parity.sides.sites import PortSide, SiteTable, watching
+from portkit.parity.teeth.moving import ConfigMoves
+from portkit.parity.teeth.neighbours import Move, Neighbour, moves
+from portkit.parity.teeth.sensitivity import LOADING, UNREAD, Sensitivity, over_dtypes
 
 ONE_EACH = [
     "llama tied with biases",

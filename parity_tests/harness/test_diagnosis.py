@@ -17,15 +17,16 @@ from parity_tests.faults.planted import PLANTINGS
 from parity_tests.faults.stages import Stage
 from portkit.cli import app
 from portkit.loading import load, materialize
-from portkit.parity import schema, sides, summary
 from portkit.parity.comparing import compare
-from portkit.parity.diagnose import Cause
 from portkit.parity.faults.catalogue import NAMED
-from portkit.parity.kill import kill_matrix
-from portkit.parity.probing import quick_probe
+from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
+from portkit.parity.reports import schema, summary
 from portkit.parity.result import Comparison, ParityResult
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides import making
+from portkit.parity.sides.sites import PortSide, SiteTable
+from portkit.parity.teeth.diagnose import Cause
+from portkit.parity.teeth.kill import kill_matrix
 
 NAMED_FIRST = [
     ("norm.epsilon", "llama", "bfloat16"),
@@ -110,7 +111,7 @@ def test_reports_name_the_cause_of_rounding(
         norm.forward = forward
         return loaded
 
-    monkeypatch.setattr(sides, "materialize", planted)
+    monkeypatch.setattr(making, "materialize", planted)
     folder = str(judging.folder("llama", "bfloat16"))
     command = ["parity", folder, "--quick", "--faults", "off", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, command)

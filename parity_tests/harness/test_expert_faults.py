@@ -13,10 +13,10 @@ import torch
 
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
-from portkit.parity.kill import Fate, kill_matrix
-from portkit.parity.probing import default_probe
+from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sites import SiteTable
+from portkit.parity.sides.sites import SiteTable
+from portkit.parity.teeth.kill import Fate, kill_matrix
 
 ANY = {
     "experts.normalised",

@@ -19,11 +19,11 @@ from portkit.parity.faults.catalogue import CATALOGUE
 from portkit.parity.faults.observing import candidates
 from portkit.parity.faults.recipe import Cookbook, reproduces
 from portkit.parity.faults.scene import Facts, Scenes
-from portkit.parity.kill import kill_matrix
-from portkit.parity.local import Trace, recorder
-from portkit.parity.probing import default_probe
+from portkit.parity.judging.local import Trace, recorder
+from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sites import SiteTable, watching
+from portkit.parity.sides.sites import SiteTable, watching
+from portkit.parity.teeth.kill import kill_matrix
 
 STREAMS = {
     one.id

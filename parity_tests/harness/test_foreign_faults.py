@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import portkit.parity
-from portkit.parity.judge import Verdict
+from portkit.parity.judging.judge import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "portkit" / "demo_checkpoint"

@@ -18,7 +18,7 @@ from parity_tests.faults.planted.planting import replace_forward
 from parity_tests.harness.conftest import Recorder, Run
 from parity_tests.harness.test_trace_files import parts, written
 from portkit import loading
-from portkit.parity.trace_file import TraceFile
+from portkit.parity.traces.trace_file import TraceFile
 
 BF16, FP32 = torch.bfloat16, torch.float32
 NEVER_SHOWN = {"the same function in float64", "parameters", "generation", "known faults"}
@@ -138,7 +138,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], str]], l
             sites.append(fault(loaded.model))
             return loaded
 
-        monkeypatch.setattr("portkit.parity.golden.materialize", planted)
+        monkeypatch.setattr("portkit.parity.traces.golden.materialize", planted)
         return sites
 
     return planting

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests.harness.conftest import Run
-from portkit.parity.trace_file import TraceFile
+from portkit.parity.traces.trace_file import TraceFile
 
 MAKE_CHECKPOINT = Path(__file__).resolve().parents[2] / "tools" / "make_checkpoint.py"
 

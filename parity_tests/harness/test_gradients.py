@@ -26,9 +26,9 @@ from parity_tests.harness.test_parity_command import parity
 from portkit.loading import LoadedModel, load
 from portkit.nn.mlp import GatedMLP
 from portkit.parity.gradients import GradientParity, compare_gradients
-from portkit.parity.judge import Verdict
+from portkit.parity.judging.judge import Verdict
 from portkit.parity.reference import load_reference
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide, SiteTable
 from portkit.training.objective import Objective
 
 MAKE_CHECKPOINT = Path(__file__).resolve().parents[2] / "tools" / "make_checkpoint.py"

@@ -16,11 +16,11 @@ from portkit.parity.faults.needs import NEEDS
 from portkit.parity.faults.observing import candidates
 from portkit.parity.faults.recipe import Cookbook
 from portkit.parity.faults.scene import Facts, Scenes
-from portkit.parity.kill import Fate, kill_matrix
-from portkit.parity.local import Trace, recorder
-from portkit.parity.probing import default_probe, quick_probe, thorough_probe
+from portkit.parity.judging.local import Trace, recorder
+from portkit.parity.probes.probing import default_probe, quick_probe, thorough_probe
 from portkit.parity.reference import Reference, load_reference
-from portkit.parity.sites import SiteTable, watching
+from portkit.parity.sides.sites import SiteTable, watching
+from portkit.parity.teeth.kill import Fate, kill_matrix
 
 FAMILIES = ["llama3", "llama tied with biases", "qwen3 yarn sliding", "gemma3 shallow"]
 DTYPES = [torch.float32, torch.bfloat16]

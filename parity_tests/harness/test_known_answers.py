@@ -12,11 +12,11 @@ from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
 from portkit.loading import LoadedModel, load
 from portkit.parity.comparing import compare
-from portkit.parity.judge import Verdict
-from portkit.parity.probing import default_probe
+from portkit.parity.judging.judge import Verdict
+from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.result import Comparison
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide, SiteTable
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -11,11 +11,11 @@ from parity_tests.checkpoints import TINY
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
 from portkit.parity.comparing import compare
-from portkit.parity.judge import Verdict
-from portkit.parity.probing import default_probe, quick_probe, thorough_probe
+from portkit.parity.judging.judge import Verdict
+from portkit.parity.probes.probing import default_probe, quick_probe, thorough_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.result import Comparison
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide, SiteTable
 
 NUM_RUNS = 200
 PROBES = [quick_probe, default_probe, thorough_probe]

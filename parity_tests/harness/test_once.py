@@ -12,9 +12,9 @@ from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
 from parity_tests.harness.test_known_answers import run
 from portkit.loading import load
-from portkit.parity.judge import Verdict
-from portkit.parity.once import ComputedOnce
-from portkit.parity.precision import casts_lifted
+from portkit.parity.judging.judge import Verdict
+from portkit.parity.judging.once import ComputedOnce
+from portkit.parity.judging.precision import casts_lifted
 
 WEIGHT = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
 

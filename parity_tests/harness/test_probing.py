@@ -11,8 +11,8 @@ from parity_tests.checkpoints import TINY
 from parity_tests.conftest import CheckpointMaker
 from portkit.errors import ProbeError
 from portkit.loading import load
-from portkit.parity.probe import Pass, Probe, as_json, check_fits, from_json
-from portkit.parity.probing import (
+from portkit.parity.probes.probe import Pass, Probe, as_json, check_fits, from_json
+from portkit.parity.probes.probing import (
     default_probe,
     probe_of_tokens,
     quick_probe,

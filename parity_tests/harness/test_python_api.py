@@ -18,7 +18,7 @@ import portkit.parity
 from parity_tests.conftest import CheckpointMaker
 from portkit.errors import PortError, PortkitError, ProbeError
 from portkit.loading import load
-from portkit.parity.judge import Verdict
+from portkit.parity.judging.judge import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "portkit" / "demo_checkpoint"

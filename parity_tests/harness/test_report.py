@@ -19,9 +19,9 @@ from parity_tests.conftest import CheckpointMaker
 from parity_tests.harness.conftest import CULPRIT, asked
 from portkit.cli import main
 from portkit.errors import ReportError
-from portkit.parity import report
-from portkit.parity.judge import Verdict
-from portkit.parity.ledger import SiteAccount
+from portkit.parity.judging.judge import Verdict
+from portkit.parity.judging.ledger import SiteAccount
+from portkit.parity.reports import report
 from portkit.parity.result import NotVerified, ParityResult
 
 NASTY = "<script>alert('|`x`')</script>\x00\ud800"

@@ -18,10 +18,10 @@ from lxml import etree
 from parity_tests.conftest import CheckpointMaker
 from parity_tests.harness.conftest import asked
 from portkit.cli import main
-from portkit.parity import report
-from portkit.parity.detail import MOST_DETAILED
 from portkit.parity.generation import FirstDifference, GenerationParity
-from portkit.parity.judge import Verdict
+from portkit.parity.judging.judge import Verdict
+from portkit.parity.reports import report
+from portkit.parity.reports.detail import MOST_DETAILED
 from portkit.parity.result import ParityResult
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "parity-json.md"

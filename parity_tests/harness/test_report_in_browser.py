@@ -11,8 +11,8 @@ import pytest
 
 from parity_tests.harness.browser import Browser, open_browser
 from parity_tests.harness.conftest import CULPRIT, asked
-from portkit.parity import report
-from portkit.parity.judge import Judgement, Verdict
+from portkit.parity.judging.judge import Judgement, Verdict
+from portkit.parity.reports import report
 from portkit.parity.result import Comparison, ParityResult
 
 LEAST_CONTRAST = 4.5

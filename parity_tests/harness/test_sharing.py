@@ -8,11 +8,11 @@ import torch
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
 from portkit.parity.comparing import compare
-from portkit.parity.judge import Verdict
-from portkit.parity.probing import quick_probe
+from portkit.parity.judging.judge import Verdict
+from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sharing import share_parameters
-from portkit.parity.sites import PortSide, SiteTable, parameters_of
+from portkit.parity.sides.sharing import share_parameters
+from portkit.parity.sides.sites import PortSide, SiteTable, parameters_of
 
 MATRIX = "model.layers.1.mlp.up_proj.weight"
 

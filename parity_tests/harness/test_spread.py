@@ -13,12 +13,12 @@ from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
 from portkit.loading import LoadedModel, load
 from portkit.parity.comparing import compare
-from portkit.parity.ledger import SiteAccount
-from portkit.parity.probe import Pass, Probe
-from portkit.parity.probing import quick_probe
+from portkit.parity.judging.ledger import SiteAccount
+from portkit.parity.judging.spread import NUM_TOKENS, Spread, token_sums, worst_tokens
+from portkit.parity.probes.probe import Pass, Probe
+from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sites import PortSide, SiteTable
-from portkit.parity.spread import NUM_TOKENS, Spread, token_sums, worst_tokens
+from portkit.parity.sides.sites import PortSide, SiteTable
 
 
 def test_values_are_counted_by_the_power_of_two_below_which_they_lie() -> None:

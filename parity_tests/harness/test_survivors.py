@@ -15,12 +15,12 @@ import torch
 from parity_tests.checkpoints import TINY
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
-from portkit.parity.kill import Fate, KillMatrix
-from portkit.parity.local import Trace, recorder
-from portkit.parity.probe import Probe
-from portkit.parity.probing import default_probe, quick_probe
+from portkit.parity.judging.local import Trace, recorder
+from portkit.parity.probes.probe import Probe
+from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sites import SiteTable, watching
+from portkit.parity.sides.sites import SiteTable, watching
+from portkit.parity.teeth.kill import Fate, KillMatrix
 
 GATES = ("exact", "rounding")
 DTYPES = [torch.float32, torch.bfloat16]

@@ -20,8 +20,8 @@ from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
 from parity_tests.harness.conftest import Recorder, Run
 from portkit import loading
-from portkit.parity.sites import SiteTable
-from portkit.parity.trace_file import KEY, TraceFile
+from portkit.parity.sides.sites import SiteTable
+from portkit.parity.traces.trace_file import KEY, TraceFile
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -213,7 +213,7 @@ def test_a_fault_is_placed_where_nothing_was_carried_yet(
         sites.append(plant(loaded.model))
         return loaded
 
-    monkeypatch.setattr("portkit.parity.recording.materialize", planted)
+    monkeypatch.setattr("portkit.parity.traces.recording.materialize", planted)
     folder = tiny_checkpoint("gemma3 shallow", torch.bfloat16)
     wrong = tmp_path / "wrong"
     assert run("record", folder, "--engine", "portkit", "--no-floors", "-o", wrong)[0] == 0

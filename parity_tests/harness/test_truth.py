@@ -12,17 +12,17 @@ from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
 from portkit.loading import load
 from portkit.parity.comparing import compare
-from portkit.parity.judge import Verdict
-from portkit.parity.precision import (
+from portkit.parity.judging.judge import Verdict
+from portkit.parity.judging.precision import (
     LiftedCasts,
     UnliftedCast,
     casts_lifted,
     held_in_float64,
     rows_in_float64,
 )
-from portkit.parity.probing import default_probe, quick_probe
+from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.reference import Reference, load_reference
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide, SiteTable
 
 FAMILIES = ["llama3", "qwen3 yarn sliding", "gemma3"]
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from architectures.qwen3 import QWEN3
-from portkit.parity.pairs import SitePairs
-from portkit.parity.sites import SiteTable
+from portkit.parity.sides.pairs import SitePairs
+from portkit.parity.sides.sites import SiteTable
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "your-own-port.md").read_text(encoding="utf-8")

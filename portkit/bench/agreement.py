@@ -35,8 +35,8 @@ from portkit.decoding.packages import Packages, default_folder
 from portkit.decoding.session import Session
 from portkit.generation.loop import Engine
 from portkit.loading import LoadedModel
-from portkit.parity.approximate import Loss, loss
-from portkit.parity.sites import SiteTable
+from portkit.parity.decoding.approximate import Loss, loss
+from portkit.parity.sides.sites import SiteTable
 from portkit.quantizing import quantize
 from portkit.readable import ReadableBatch
 

@@ -26,7 +26,7 @@ from portkit.bench.engines import EXACT, FAST, LLAMA_CPP
 from portkit.errors import BenchError
 from portkit.gguf import write_gguf
 from portkit.loading import load
-from portkit.parity.approximate import Loss
+from portkit.parity.decoding.approximate import Loss
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from portkit.architecture import CausalLM
-from portkit.parity.precision import casts_lifted, held_in_float64, rows_in_float64
-from portkit.parity.truth import HEAD_ROWS, embed_in_float64
+from portkit.parity.judging.precision import casts_lifted, held_in_float64, rows_in_float64
+from portkit.parity.judging.truth import HEAD_ROWS, embed_in_float64
 
 
 def true_logits(model: CausalLM, input_ids: Tensor, start: int) -> Tensor:

@@ -99,7 +99,8 @@ def _prove_and_break(
     folder: Path, loaded: LoadedModel, out: Path | None, say: Any
 ) -> tuple[dict[str, Comparison], dict[str, Any]]:
     """Steps 2 to 4: the proofs, and what is found of a planted mistake."""
-    from portkit.parity import demonstration, report, summary
+    from portkit.parity import demonstration
+    from portkit.parity.reports import report, summary
     from portkit.tokenizer import Tokenizer
 
     if out is not None:
@@ -152,7 +153,7 @@ def _prove_and_break(
 
 def _write(where: Path, found: Found, out: Path | None) -> dict[str, Any]:
     """The report of the faulty port; gives the object's fields."""
-    from portkit.parity import report, schema
+    from portkit.parity.reports import report, schema
 
     fields = {"gate": "exact", "device": "cpu", "threads": 1, **schema.as_fields(found.result)}
     words = ["portkit", "demo", *(["--out", str(out)] if out else [])]

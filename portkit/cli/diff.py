@@ -1,6 +1,6 @@
 """`portkit diff`: two traces against each other, without either model.
 
-Knows options and streams; what they mean is in `portkit.parity.trace_diff`.
+Knows options and streams; what they mean is in `portkit.parity.traces.trace_diff`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Hold a trace against another, whoever wrote them: what differs first, and by how much."""
-    from portkit.parity import schema
-    from portkit.parity.trace_diff import diff
-    from portkit.parity.trace_file import TraceFile
+    from portkit.parity.reports import schema
+    from portkit.parity.traces.trace_diff import diff
+    from portkit.parity.traces.trace_file import TraceFile
 
     traces = TraceFile(first), TraceFile(second)
     found = diff(*traces)

@@ -14,7 +14,7 @@ from portkit.cli.output import plural, print_json
 from portkit.columns import table
 
 if TYPE_CHECKING:
-    from portkit.parity.teeth import Teeth
+    from portkit.parity.teeth.fates import Teeth
 
 HEADINGS = ("fault", "caught by", "where", "in", "margin")
 
@@ -42,9 +42,9 @@ def command(
     import torch
 
     from portkit.loading import resolve_device
-    from portkit.parity import teeth
     from portkit.parity.prove import measure
     from portkit.parity.question import Question
+    from portkit.parity.teeth import fates
 
     where = resolve_device(device)
     torch.set_num_threads(threads)
@@ -62,7 +62,7 @@ def command(
     probe, found = measure(question, tell=parity.tell)
     parity.tell("")
     if json:
-        print_json("faults", gate=passing, probe=probe.name, **teeth.as_fields(found))
+        print_json("faults", gate=passing, probe=probe.name, **fates.as_fields(found))
     else:
         print(f"{repo}: the {probe.name} probe at the gate {passing} {found.line}")
         _print(found)

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from portkit.loading import Blueprint
-    from portkit.parity.probe import Probe
+    from portkit.parity.probes.probe import Probe
     from portkit.parity.result import ParityResult
-    from portkit.parity.trace_file import TraceFile
+    from portkit.parity.traces.trace_file import TraceFile
 
 
 class Gate(StrEnum):
@@ -184,11 +184,11 @@ def command(
     import torch
 
     from portkit.loading import resolve_device
-    from portkit.parity import report, schema
-    from portkit.parity.golden import prove_by
     from portkit.parity.prove import prove
     from portkit.parity.question import Question
-    from portkit.parity.trace_file import TraceFile
+    from portkit.parity.reports import report, schema
+    from portkit.parity.traces.golden import prove_by
+    from portkit.parity.traces.trace_file import TraceFile
 
     trace = None if golden is None else TraceFile(golden)
     if trace is not None and not _is_given(context, "attention"):
@@ -305,8 +305,8 @@ def probe_choice(
     saved = None if tokens is None else _read_tokens(tokens)
 
     def choose(drawn: Blueprint) -> Probe:
-        from portkit.parity import probing
-        from portkit.parity.probe import from_json
+        from portkit.parity.probes import probing
+        from portkit.parity.probes.probe import from_json
         from portkit.tokenizer import Tokenizer
 
         if prompt is not None:
@@ -371,6 +371,6 @@ def coloured_verdict(verdict: str) -> str:
 
 def print_report(result: ParityResult) -> None:
     """What stands below the verdict: counts, layers, the first culprit, what was not seen."""
-    from portkit.parity import summary
+    from portkit.parity.reports import summary
 
     print("\n".join(summary.text(result)))

@@ -1,6 +1,6 @@
 """`portkit parity --decode`: is a token the same, however it is decoded?
 
-Knows streams; what the ways are, and what is said of them, is in `portkit.parity.decode`.
+Knows streams; what the ways are, and what is said of them, is in `portkit.parity.decoding.matrix`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from portkit.cli.output import plural, print_json
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from portkit.parity.decode_proof import DecodeParity
+    from portkit.parity.decoding.proof import DecodeParity
     from portkit.parity.question import Question
 
 REFUSED = (
@@ -29,7 +29,7 @@ def prove(
 ) -> DecodeParity:
     """Answer the question, with compiled regions in the user's folder."""
     from portkit.decoding.packages import Packages, default_folder
-    from portkit.parity.decode_proof import prove_decoding
+    from portkit.parity.decoding.proof import prove_decoding
 
     def packages(say: Callable[[str], None]) -> Packages:
         return Packages(default_folder(), say)
@@ -39,13 +39,13 @@ def prove(
 
 def show(result: DecodeParity, asked: dict[str, Any], verdict: str, *, json: bool) -> None:
     """Print the matrix, or its object, and leave with the code of the gate."""
-    from portkit.parity import decode_words
+    from portkit.parity.decoding import words
 
     if json:
-        print_json("parity", **asked["printed"], **decode_words.as_fields(result))
+        print_json("parity", **asked["printed"], **words.as_fields(result))
     else:
         where = f"{asked['repo']} on {asked['printed']['device']}, {asked['attention']}"
         print(f"{verdict}: decoding {where}, {plural(asked['printed']['threads'], 'thread')}")
-        print("\n".join(decode_words.text(result)))
+        print("\n".join(words.text(result)))
     if not result.holds(asked["printed"]["gate"]):
         raise typer.Exit(1)

@@ -1,6 +1,6 @@
 """`portkit record`: write down what a model produces at every site, for those who hold against it.
 
-Knows options and streams; what they mean is in `portkit.parity.recording`.
+Knows options and streams; what they mean is in `portkit.parity.traces.recording`.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def command(
 
     from portkit.loading import resolve_device
     from portkit.parity.question import Question
-    from portkit.parity.recording import Keep, Order, record
-    from portkit.parity.trace_file import TraceFile
+    from portkit.parity.traces.recording import Keep, Order, record
+    from portkit.parity.traces.trace_file import TraceFile
 
     torch.set_num_threads(threads)
     question = Question(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from portkit.parity.points import record
+from portkit.parity.sides.points import record
 
 if TYPE_CHECKING:
     from portkit.parity.api import Result, assert_parity, compare

@@ -20,11 +20,12 @@ from torch import nn
 
 from portkit.envelope import envelope
 from portkit.errors import PortError, ProbeError
-from portkit.parity import probing, report, schema, summary
-from portkit.parity.judge import Judgement, Verdict
-from portkit.parity.probe import Probe
+from portkit.parity.judging.judge import Judgement, Verdict
+from portkit.parity.probes import probing
+from portkit.parity.probes.probe import Probe
 from portkit.parity.prove import prove
 from portkit.parity.question import Question
+from portkit.parity.reports import report, schema, summary
 from portkit.parity.result import ParityResult
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from portkit.errors import PortError
-from portkit.parity.diagnose import Cause, Diagnosis, is_observed
-from portkit.parity.heap import release_freed_memory
-from portkit.parity.judge import Verdict, judge
-from portkit.parity.ledger import (
+from portkit.parity.judging.heap import release_freed_memory
+from portkit.parity.judging.judge import Verdict, judge
+from portkit.parity.judging.ledger import (
     LOGITS,
     Ledger,
     difference,
@@ -27,7 +26,7 @@ from portkit.parity.ledger import (
     squares_of,
     token_dim,
 )
-from portkit.parity.local import (
+from portkit.parity.judging.local import (
     Calls,
     Recording,
     Trace,
@@ -37,13 +36,14 @@ from portkit.parity.local import (
     recorder,
     taught,
 )
-from portkit.parity.precision import is_same_memory
-from portkit.parity.probe import Pass, Probe
+from portkit.parity.judging.precision import is_same_memory
+from portkit.parity.judging.truth import Truth
+from portkit.parity.judging.whole import WholeTruth
+from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.result import Comparison, NotVerified
-from portkit.parity.sites import QKV, CannotRun, Side, SiteTable, parameters_of, watching
-from portkit.parity.truth import Truth
+from portkit.parity.sides.sites import QKV, CannotRun, Side, SiteTable, parameters_of, watching
+from portkit.parity.teeth.diagnose import Cause, Diagnosis, is_observed
 from portkit.parity.unseen import Unseen
-from portkit.parity.whole import WholeTruth
 
 Tell = Callable[[str], None]
 _ROOM = 1.25

@@ -18,11 +18,11 @@ from portkit.loading import LoadedModel, load
 from portkit.parity.comparing import compare
 from portkit.parity.generation import NUM_TOKENS, GenerationParity, compare_generation
 from portkit.parity.logits import run_all
-from portkit.parity.probe import Probe
-from portkit.parity.probing import default_probe
+from portkit.parity.probes.probe import Probe
+from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison, ParityResult
-from portkit.parity.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide, SiteTable
 
 SITE = "model.layers.3.self_attn.q_norm"
 """Where the mistake is planted."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portkit.parity.probe import Pass
-from portkit.parity.sites import Side
+from portkit.parity.probes.probe import Pass
+from portkit.parity.sides.sites import Side
 
 NUM_TOKENS = 24
 

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portkit.parity.judge import Judgement, Verdict, judge, relative, worst
-from portkit.parity.ledger import Distance, PassRecord, SiteAccount, squares_of
-from portkit.parity.precision import LiftedCasts, held_in_float64
+from portkit.parity.judging.judge import Judgement, Verdict, judge, relative, worst
+from portkit.parity.judging.ledger import Distance, PassRecord, SiteAccount, squares_of
+from portkit.parity.judging.precision import LiftedCasts, held_in_float64
 from portkit.parity.reference import Reference, by_name
-from portkit.parity.sites import PortSide, SiteTable, parameters_of, watching
+from portkit.parity.sides.sites import PortSide, SiteTable, parameters_of, watching
 
 PASS = "backward"
 LEARNING_RATE = 1e-2

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portkit.parity.probe import Pass, Probe
-from portkit.parity.sites import Side
+from portkit.parity.probes.probe import Pass, Probe
+from portkit.parity.sides.sites import Side
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,19 @@ from portkit.loading import Blueprint, draw, open_checkpoint, resolve_device, re
 from portkit.parity.comparing import Tell, compare
 from portkit.parity.generation import NUM_TOKENS, compare_generation
 from portkit.parity.gradients import GradientParity, compare_gradients
-from portkit.parity.kill import KillMatrix, kill_matrix
-from portkit.parity.moving import ConfigMoves
-from portkit.parity.precision import ran_out_of_memory
-from portkit.parity.probe import Probe, check_fits
-from portkit.parity.probing import training_batch, unexercised
+from portkit.parity.judging.precision import ran_out_of_memory
+from portkit.parity.probes.probe import Probe, check_fits
+from portkit.parity.probes.probing import training_batch, unexercised
 from portkit.parity.question import Question, check_layers
 from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
-from portkit.parity.sensitivity import Sensitivity, settled
-from portkit.parity.sharing import share_parameters
-from portkit.parity.sides import Sides, make_sides
-from portkit.parity.sites import CannotRun, PortSide, SiteTable
-from portkit.parity.teeth import Teeth, chosen, merged
+from portkit.parity.sides.making import Sides, make_sides
+from portkit.parity.sides.sharing import share_parameters
+from portkit.parity.sides.sites import CannotRun, PortSide, SiteTable
+from portkit.parity.teeth.fates import Teeth, chosen, merged
+from portkit.parity.teeth.kill import KillMatrix, kill_matrix
+from portkit.parity.teeth.moving import ConfigMoves
+from portkit.parity.teeth.sensitivity import Sensitivity, settled
 from portkit.tokenizer import Tokenizer
 
 CARE = torch.bfloat16

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from portkit.errors import PortkitError
 from portkit.loading import Blueprint
-from portkit.parity.factories import Factory
-from portkit.parity.probe import Probe
-from portkit.parity.probing import default_probe
+from portkit.parity.probes.probe import Probe
+from portkit.parity.probes.probing import default_probe
+from portkit.parity.sides.factories import Factory
 
 Given = str | Factory | None
 """`module:factory`, or a factory itself; None: ours, or Transformers."""

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from portkit.errors import ReferenceUnavailable
 from portkit.nn.moe import Routing
-from portkit.parity.probe import Pass
-from portkit.parity.roles import Visit, visit_tables
-from portkit.parity.sites import choice_of, parameters_of, visit_inputs, visit_routing
+from portkit.parity.probes.probe import Pass
+from portkit.parity.sides.roles import Visit, visit_tables
+from portkit.parity.sides.sites import choice_of, parameters_of, visit_inputs, visit_routing
 
 # Where a multimodal model keeps the text model that sites are named after.
 _TEXT_PREFIX = "model.language_model."

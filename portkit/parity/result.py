@@ -8,17 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from portkit.parity.judge import Judgement, Verdict, worst
-from portkit.parity.ledger import SiteAccount
+from portkit.parity.judging.judge import Judgement, Verdict, worst
+from portkit.parity.judging.ledger import SiteAccount
 
 if TYPE_CHECKING:
-    from portkit.parity.diagnose import Cause
     from portkit.parity.generation import GenerationParity
     from portkit.parity.gradients import GradientParity
-    from portkit.parity.kill import Fate
-    from portkit.parity.probe import Probe
-    from portkit.parity.sensitivity import Sensitivity
-    from portkit.parity.teeth import Teeth
+    from portkit.parity.probes.probe import Probe
+    from portkit.parity.teeth.diagnose import Cause
+    from portkit.parity.teeth.fates import Teeth
+    from portkit.parity.teeth.kill import Fate
+    from portkit.parity.teeth.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from portkit.parity.probe import Pass, Probe
+from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.result import NotVerified
-from portkit.parity.roles import Visit
-from portkit.parity.sites import CannotRun
+from portkit.parity.sides.roles import Visit
+from portkit.parity.sides.sites import CannotRun
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=[.#:]|$)")
 _TOLD = 3

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from portkit.parity.faults.scene import Scene
-from portkit.parity.sites import additive
+from portkit.parity.sides.sites import additive
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from portkit.parity.faults.scene import Scene
-from portkit.parity.routing import logits_before
-from portkit.parity.sites import EXPERTS, choice_of
+from portkit.parity.judging.routing import logits_before
+from portkit.parity.sides.sites import EXPERTS, choice_of
 
 
 @dataclass(frozen=True)

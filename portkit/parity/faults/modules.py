@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from portkit.parity.faults.scene import Facts, Scene, layer_of
-from portkit.parity.sites import AGAIN
+from portkit.parity.sides.sites import AGAIN
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 

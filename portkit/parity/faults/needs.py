@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from portkit.parity.faults.scene import Facts
-from portkit.parity.probe import Pass, Probe
+from portkit.parity.probes.probe import Pass, Probe
 
 
 @dataclass(frozen=True)

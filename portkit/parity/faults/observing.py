@@ -22,8 +22,8 @@ from portkit.parity.faults import (
 )
 from portkit.parity.faults.recipe import Recipe
 from portkit.parity.faults.scene import Scene
-from portkit.parity.ledger import LOGITS
-from portkit.parity.sites import AGAIN
+from portkit.parity.judging.ledger import LOGITS
+from portkit.parity.sides.sites import AGAIN
 
 
 def candidates(scene: Scene, site: str) -> Iterator[Recipe]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from portkit.parity.faults.scene import Facts, Scene
-from portkit.parity.ledger import difference, same_shape
+from portkit.parity.judging.ledger import difference, same_shape
 
 
 class Recipe(Protocol):

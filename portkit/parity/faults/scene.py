@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from portkit.parity.local import Trace
-from portkit.parity.probe import Pass, Probe
+from portkit.parity.judging.local import Trace
+from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.reference import Reference, by_name
-from portkit.parity.sites import SiteTable
+from portkit.parity.sides.sites import SiteTable
 
 _LAYER = re.compile(r"(?<=\blayers)\.(\d+)(?=\.|$|:|#)")
 ATTENTION = ".self_attn"

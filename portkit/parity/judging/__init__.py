@@ -1,0 +1,1 @@
+"""Local errors, the truth in float64, the floor, and what follows from them."""

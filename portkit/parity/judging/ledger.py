@@ -1,0 +1,307 @@
+"""The account of each site: equal or not, and distances, summed over all passes of a probe.
+
+Distances are sums of squares over the real tokens, per channel, so that passes and blocks of a
+large vocabulary add up. Knows no verdict: `judge` reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from portkit.parity.judging.spread import Spread, TokenError, token_sums, worst_tokens
+from portkit.parity.probes.probe import Pass
+from portkit.parity.sides.sites import AGAIN, QKV, SiteTable
+
+NUM_WORST = 3
+LOGITS = "#logits"
+"""The site that every model has: what it returns."""
+_LOGITS_DIMS = "batch position vocabulary"
+BLOCK = 1 << 24
+"""Values that are compared in float64 at a time."""
+_CACHED = 1 << 15
+"""Values of which a float64 copy stays in a core's cache."""
+
+
+def token_dim(dims: str) -> int:
+    """Which dimension counts tokens."""
+    return next(i for i, name in enumerate(dims.split()) if name in {"position", "query"})
+
+
+def batch_dim(dims: str) -> int:
+    """Which dimension counts rows of a batch."""
+    return dims.split().index("batch")
+
+
+def by_token(tensor: Tensor, dims: str, one: Pass) -> Tensor:
+    """(batch, tokens, …), whatever comes first in `dims`.
+
+    Experts see all rows' tokens as one row, (batch x tokens, …), or such a row for each of them,
+    one after the other.
+    """
+    batch, num_merged = len(one.input_ids), _num_merged(tensor, dims)
+    if num_merged == 2:
+        return tensor.reshape(batch, -1, *tensor.shape[1:])
+    if num_merged == 3:
+        tensor = tensor.reshape(-1, batch, one.num_tokens, *tensor.shape[1:])
+    return tensor.movedim((batch_dim(dims), token_dim(dims)), (0, 1))
+
+
+def same_shape(dims: str, port: Tensor, reference: Tensor) -> bool:
+    """Equal but for the batch: masks and tables may be for all rows one."""
+    batch = max(0, batch_dim(dims) + 1 - _num_merged(port, dims))
+    shapes = [(*one.shape[:batch], *one.shape[batch + 1 :]) for one in (port, reference)]
+    return shapes[0] == shapes[1]
+
+
+def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
+    """(…) to (real tokens, channels): padding left out, heads and channels side by side.
+
+    Keys and values reach back over the cache: their tokens are the last of past and new.
+    """
+    batch = len(one.input_ids)
+    moved = by_token(tensor, dims, one)
+    moved = moved.expand(batch, *moved.shape[1:])  # masks and tables may be for all rows one
+    if one.attention_mask is None:
+        return moved.reshape(moved.shape[0] * moved.shape[1], -1)
+    return moved.flatten(2)[one.real_of_last(moved.shape[1])]
+
+
+def picked(found: Tensor) -> Tensor:
+    """At most 64 rows, spread evenly."""
+    return found[:: max(1, len(found) // 64)][:64]
+
+
+def _num_merged(tensor: Tensor, dims: str) -> int:
+    """How many of the first dimensions are one in this tensor."""
+    return len(dims.split()) - tensor.dim() + 1
+
+
+@dataclass
+class Distance:
+    """Sums of squares of a difference, per channel."""
+
+    per_channel: Tensor | None = None
+    num_rows: int = 0
+
+    def add(
+        self,
+        squares: Tensor,
+        num_rows: int,
+        channels: slice = slice(None),
+        width: int | None = None,
+    ) -> None:
+        """Add `squares_of` so many rows; of `channels` of `width` where they are a block."""
+        if self.per_channel is None:
+            self.per_channel = squares.new_zeros(width or len(squares))
+        self.per_channel[channels] += squares
+        if not channels.start:
+            self.num_rows += num_rows
+
+    @property
+    def total(self) -> float:
+        return 0.0 if self.per_channel is None else float(self.per_channel.sum())
+
+
+def squares_of(values: Tensor, against: Tensor | None = None) -> Tensor:
+    """(rows, channels) to the sum over the rows of the squares, (channels,), float64.
+
+    With `against`, of the difference from it. Taken in blocks that stay in the processor's cache:
+    what a proof holds against the truth is many times what the model has computed, and a float64
+    copy of each would cost more than the model.
+    """
+    num_rows, width = values.shape
+    step = max(1, _CACHED // max(1, width)) if values.device.type == "cpu" else max(1, num_rows)
+    total = values.new_zeros(width, dtype=torch.float64)
+    with _disable_current_modes():  # nothing here is the model's to be watched
+        scratch = values.new_empty(min(step, num_rows), width, dtype=torch.float64)
+        for start in range(0, num_rows, step):
+            block = values[start : start + step]
+            wide = scratch[: len(block)].copy_(block)
+            if against is not None:
+                wide.sub_(against[start : start + step])
+            total += wide.mul_(wide).sum(0)
+    return total
+
+
+@dataclass(frozen=True)
+class Worst:
+    """One value that differs: where, and what either side has there."""
+
+    row: int | None
+    """None of a parameter, which knows no rows of a batch."""
+    position: int | None
+    """Counted from the first token that the site holds in this pass."""
+    place: str
+    """Where in the token: `channel 17`, `head 1, channel 3`; of a parameter `[3, 17]`."""
+    port: float
+    reference: float
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """How one site differed in one pass, in the dtype under test, each given the same input."""
+
+    name: str
+    num_unequal: int
+    num_values: int
+    max_difference: float
+    worst: tuple[Worst, ...] = ()
+    """The largest differences first."""
+
+
+@dataclass
+class SiteAccount:
+    """Everything known of one site."""
+
+    name: str
+    dims: str
+    is_glue: bool
+    """What is compared here is the work of code between modules."""
+    unequal: list[PassRecord] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
+    """Passes in which the free-running port differed here."""
+    carried_error: Distance = field(default_factory=Distance)
+    misshapen: str | None = None
+    missing: bool = False
+    truth: Distance = field(default_factory=Distance)
+    function: Distance = field(default_factory=Distance)
+    """Port to reference, both in float64."""
+    port: Distance = field(default_factory=Distance)
+    """Port in the dtype under test to the truth."""
+    floors: defaultdict[str, Distance] = field(default_factory=lambda: defaultdict(Distance))
+    """Reference to the truth, by attention kernel."""
+    function_asked: bool = False
+    truth_lacking: bool = False
+    """No side could be run in float64: what is unequal here cannot be judged."""
+    spread: Spread = field(default_factory=Spread)
+    """Of the port's distances from the truth, or from the reference where there is no truth."""
+    floor_spread: Spread = field(default_factory=Spread)
+    """Of the reference's own distances from the truth, in the passes in which the port differs."""
+    function_spread: Spread = field(default_factory=Spread)
+    """Of the distances of `function` that are not zero everywhere."""
+    worst_tokens: tuple[TokenError, ...] = ()
+    inner: tuple[int, ...] = ()
+    """The sizes of what a token holds, such as heads and channels; known where not equal."""
+
+    @property
+    def exact(self) -> bool:
+        return not self.unequal and self.misshapen is None and not self.missing
+
+
+class Ledger:
+    """Accounts in order of execution.
+
+    `composite` names the modules that are made of others: their outputs are the work of glue.
+    """
+
+    def __init__(self, table: SiteTable, composite: Iterable[str]) -> None:
+        self.sites: dict[str, SiteAccount] = {}
+        self._table, self._composite = table, frozenset(composite)
+
+    def parameter(self, name: str) -> SiteAccount:
+        """The account of a parameter as it was loaded."""
+        name = f"{name} (parameter)"
+        return self.sites.setdefault(name, SiteAccount(name, "", is_glue=False))
+
+    def site(self, name: str) -> SiteAccount:
+        """The account of a declared site."""
+        if name not in self.sites:
+            dims = _LOGITS_DIMS if name == LOGITS else self._table.dims(name)
+            assert dims is not None, f"{name} is not declared"
+            given_to_attention = any(name.endswith(f"#{role}") for role in (*QKV, "mask"))
+            composite = name.partition(AGAIN)[0] in self._composite
+            is_glue = ":in" in name or given_to_attention or name == LOGITS or composite
+            self.sites[name] = SiteAccount(name, dims, is_glue)
+        return self.sites[name]
+
+    def add_difference(self, name: str, one: Pass, port: Tensor, reference: Tensor) -> None:
+        """How a site without a truth differs: the reference is what it is held against."""
+        account = self.sites[name]
+        ours, theirs = (rows(each, account.dims, one).double() for each in (port, reference))
+        account.spread.add(ours - theirs)
+        self.add_tokens(name, one, token_sums(ours - theirs, None, theirs), reference)
+
+    def add_tokens(self, name: str, one: Pass, sums: Tensor, like: Tensor) -> None:
+        """`token_sums` of one pass, where the site holds a tensor `like` this one."""
+        account = self.sites[name]
+        moved = by_token(like, account.dims, one)
+        account.inner = tuple(moved.shape[2:])
+        account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, moved.shape[1])
+
+
+def difference_as_loaded(account: SiteAccount, port: Tensor, reference: Tensor) -> PassRecord:
+    """How a parameter differs from the reference's of the same shape, as both were loaded."""
+    gap = (port.double() - reference.double()).nan_to_num(nan=torch.inf)
+    account.spread.add(gap)
+    gaps, places = gap.abs().flatten().topk(min(NUM_WORST, gap.numel()))
+    worst = []
+    for place in places[gaps > 0].tolist():
+        at = tuple(map(int, torch.unravel_index(torch.tensor(place), gap.shape)))
+        worst.append(Worst(None, None, str(list(at)), float(port[at]), float(reference[at])))
+    num_unequal = int((port != reference).sum())
+    return PassRecord("as loaded", num_unequal, gap.numel(), float(gaps[0]), tuple(worst))
+
+
+def difference(one: Pass, dims: str, port: Tensor, reference: Tensor) -> PassRecord | None:
+    """None where equal at every real token; NaN equals NaN in the same place."""
+    if torch.equal(port, reference):
+        return None
+    ours, theirs = rows(port, dims, one), rows(reference, dims, one)
+    if torch.equal(ours, theirs):
+        return None
+    num_unequal, found = 0, []
+    step = max(1, BLOCK // ours.shape[1])
+    for start, end in pairwise([*range(0, len(ours), step), len(ours)]):
+        a, b = ours[start:end], theirs[start:end]
+        unequal = a != b
+        if a.is_floating_point():
+            unequal &= ~(a.isnan() & b.isnan())
+        num_unequal += int(unequal.sum())
+        gaps = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf).where(unequal, 0.0)
+        values, places = gaps.flatten().topk(min(NUM_WORST, gaps.numel()))
+        found += [
+            (gap, start * ours.shape[1] + place)
+            for gap, place in zip(values.tolist(), places.tolist(), strict=True)
+            if gap > 0
+        ]
+    if not num_unequal:
+        return None
+    found.sort(key=lambda one: -one[0])
+    worst = tuple(_worst(one, dims, port, reference, place) for _, place in found[:NUM_WORST])
+    return PassRecord(one.name, num_unequal, ours.numel(), found[0][0], worst)
+
+
+def _worst(one: Pass, dims: str, port: Tensor, reference: Tensor, place: int) -> Worst:
+    """The value at a place among the values of the real tokens."""
+    moved, theirs = (by_token(each, dims, one) for each in (port, reference))
+    inner = tuple(moved.shape[2:])
+    token, rest = divmod(place, max(1, math.prod(inner)))
+    row, position = one.real_of_last(moved.shape[1]).nonzero()[token].tolist()
+    at = (row if len(moved) > 1 else 0, position, *_within(inner, rest))
+    return Worst(row, position, said_place(dims, inner, rest), float(moved[at]), float(theirs[at]))
+
+
+def said_place(dims: str, inner: tuple[int, ...], place: int) -> str:
+    """A place among the values of one token in words: `channel 17`, `head 1, channel 3`."""
+    first = batch_dim(dims), token_dim(dims)
+    names = [name for i, name in enumerate(dims.split()) if i not in first]
+    index = _within(inner, place)
+    return ", ".join(
+        f"{n} {i}" for n, i in zip(names, index, strict=True) if n != "one" or len(names) == 1
+    )
+
+
+def _within(inner: tuple[int, ...], place: int) -> list[int]:
+    index: list[int] = []
+    for size in reversed(inner):
+        place, last = divmod(place, size)
+        index.insert(0, last)
+    return index

@@ -1,0 +1,1 @@
+"""Who is compared, and how one stands at each of their tensors."""

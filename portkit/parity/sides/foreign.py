@@ -1,0 +1,328 @@
+"""A foreign side: somebody else's callable in the place of the port, or of the reference.
+
+Called as `(input_ids, positions, attention_mask, cache=None) -> logits | (logits, cache)`. Knows
+how to call it, what it may not do, and where it can be watched: at modules that are paired with
+the reference's, and at the points that it records itself. What it is made of is its own affair.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from portkit.errors import PortError, PortkitError, SiteError
+from portkit.parity.judging.precision import ran_out_of_memory
+from portkit.parity.probes.probe import Pass
+from portkit.parity.sides.compiled import reachable
+from portkit.parity.sides.pairs import Paired, SitePairs, near
+from portkit.parity.sides.points import listening
+from portkit.parity.sides.roles import Roles, Visit
+from portkit.parity.sides.sites import CannotRun, SiteTable, parameters_of
+
+ARGUMENTS = ("input_ids", "positions", "attention_mask", "cache")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a foreign side is held against."""
+
+    table: SiteTable
+    """All sites of the family."""
+    modules: Mapping[str, nn.Module]
+    """Modules of the text-only reference, or as many as it has, on whatever device."""
+    vocab_size: int
+
+
+class ForeignSide:
+    """A callable that somebody else wrote. `origin` is what it is called in messages."""
+
+    attention = "its own"
+    is_partial = True
+
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        dtype: torch.dtype,
+        pairs: SitePairs,
+        around: Surroundings,
+        origin: str,
+    ) -> None:
+        self.call, self.origin = call, origin
+        self.dtype, self._around = dtype, around
+        model = call if isinstance(call, nn.Module) else getattr(call, "__self__", None)
+        self.model = model if isinstance(model, nn.Module) else None
+        self.notes: list[str] = []
+        self._takes = _takes(call, origin)
+        within = {} if self.model is None else reachable(self.model)
+        paired = pairs.laid_over(within, around.table, around.modules)
+        self._paired = [(within[name], pair) for name, pair in paired.items()]
+        self._running: list[str] = []
+        """Names of the paired modules that are running, the innermost last."""
+
+    @torch.no_grad()
+    def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
+        """Raises `CannotRun` where it refuses the pass, `PortError` where it breaks its word."""
+        cache = None
+        if one.continues is not None:
+            if "cache" not in self._takes.arguments:
+                raise CannotRun("it takes no cache")
+            if one.continues not in caches:
+                raise CannotRun(f"it left no cache behind the pass {one.continues}")
+            cache = caches.pop(one.continues)
+        if "positions" not in self._takes.arguments and not _counts_on(one):
+            raise CannotRun("it takes no positions")
+        if "attention_mask" not in self._takes.arguments and not bool(one.real.all()):
+            raise CannotRun("it takes no attention_mask")
+        given = {"input_ids": one.input_ids, "positions": one.positions}
+        given["attention_mask"] = one.attention_mask  # type: ignore[assignment]
+        logits, left = self._called(one, given, cache)
+        if left is not None:
+            caches[one.name] = left
+        elif cache is not None:
+            raise PortError(
+                f"{self.origin} was given a cache in the pass {one.name} and returned none: it "
+                "returns (logits, cache)"
+            )
+        return logits[:, -(one.num_logits or one.num_tokens) :]
+
+    def _called(
+        self, one: Pass, given: Mapping[str, Tensor | None], cache: Any
+    ) -> tuple[Tensor, Any]:
+        own = {name: None if one is None else one.clone() for name, one in given.items()}
+        values = {**own, "cache": cache}
+        self._running.clear()
+        try:
+            output = self._takes.call(self.call, values)
+        except (PortkitError, MemoryError):
+            raise
+        except Exception as error:
+            if ran_out_of_memory(error) or _is_ours(error):
+                raise
+            raise CannotRun(f"it raised {said(error)}") from error
+        for name, before in given.items():
+            after = own[name]
+            if before is not None and after is not None and not torch.equal(before, after):
+                raise PortError(
+                    f"{self.origin} changed its {name} in place in the pass {one.name}: have it "
+                    "write to a copy"
+                )
+        logits, left = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+        return self._checked(one, logits), left
+
+    def _checked(self, one: Pass, logits: Any) -> Tensor:
+        where = f"{self.origin} returned"
+        if not isinstance(logits, Tensor):
+            raise PortError(
+                f"{where} {_a(type(logits).__name__)} in the pass {one.name}: it returns logits, a "
+                "tensor, or (logits, cache)"
+            )
+        due = [*one.input_ids.shape, self._around.vocab_size]
+        if list(logits.shape) != due:
+            raise PortError(
+                f"{where} logits of shape {list(logits.shape)} in the pass {one.name}, where "
+                f"{due} (batch, tokens, vocab_size) are due"
+            )
+        if not logits.is_floating_point():
+            raise PortError(f"{where} logits in {logits.dtype}: they are floating-point numbers")
+        if logits.dtype not in (self.dtype, torch.float64):
+            self._note(f"{where} logits in {_word(logits)}; they were compared in {_word(self)}")
+            return logits.to(self.dtype)
+        return logits
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def module_sites(self) -> Mapping[str, nn.Module]:
+        return {pair.sites[0]: module for module, pair in self._paired if pair.is_plain}
+
+    def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
+        if isinstance(output, tuple):
+            return (visit(name, output[0]), *output[1:])
+        return visit(name, output)
+
+    def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        held = parameters_of(self)
+        return {name: held[name] for name in names if name in held}
+
+    def plain_experts(self) -> Any:
+        return nullcontext()
+
+    @contextmanager
+    def watch_attention(self, visit: Visit) -> Iterator[None]:
+        """The points that the port records, and modules whose output is more than one site's."""
+        with ExitStack() as stack:
+            for module, pair in self._paired:
+                for handle in self._hooks(module, pair, visit):
+                    stack.callback(handle.remove)
+            stack.enter_context(listening(lambda name, tensor: visit(self._full(name), tensor)))
+            yield
+
+    def _hooks(self, module: nn.Module, pair: Paired, visit: Visit) -> Iterator[Any]:
+        name = pair.sites[0].partition("#")[0]
+        roles = Roles(module)
+
+        def visit_input(role: str, tensor: Tensor) -> Tensor:
+            if role or "#" in pair.sites[0]:
+                return tensor
+            for site in pair.sites:
+                tensor = visit(f"{site}:in", tensor)
+            return tensor
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._running.append(name)
+            return None if pair.is_plain else roles.visit(args, kwargs, visit_input)
+
+        def behind(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            self._running.pop()
+            if pair.is_plain:
+                return output
+            return self.visit_output(
+                name, output, lambda _, tensor: self._parts(pair, tensor, visit)
+            )
+
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(behind)
+
+    def _parts(self, pair: Paired, output: Tensor, visit: Visit) -> Tensor:
+        """Visit the sites that lie side by side in an output; what they came to be, as one."""
+        if pair.dims is not None:
+            declared = (self._around.table.dims(pair.sites[0]) or "").split()
+            order = [pair.dims.index(name) for name in declared]
+            seen = visit(pair.sites[0], output.permute(order))
+            return seen.permute([order.index(i) for i in range(len(order))])
+        if len(pair.sites) == 1:
+            return visit(pair.sites[0], output)
+        parts = torch.split(output, self._widths(pair, output.shape[-1]), dim=-1)
+        seen_parts = [visit(*each) for each in zip(pair.sites, parts, strict=True)]
+        if all(new is old for new, old in zip(seen_parts, parts, strict=True)):
+            return output
+        return torch.cat(seen_parts, -1)
+
+    def _widths(self, pair: Paired, width: int) -> list[int]:
+        modules = [self._around.modules[site] for site in pair.sites]
+        widths = [len(m.weight) for m in modules if isinstance(m, nn.Linear)]
+        if len(widths) < len(pair.sites) or sum(widths) != width:
+            raise SiteError(
+                f"site pairs: {', '.join(pair.sites)} do not lie side by side in {width} channels "
+                f"of {self.origin}: they have {', '.join(map(str, widths))}"
+            )
+        return widths
+
+    def _full(self, name: str) -> str:
+        """A recorded name as the reference spells it: whole, or behind a module that runs."""
+        table = self._around.table
+        if name[:1] not in {"#", "."}:
+            if table.dims(name) is not None:
+                return name
+        else:
+            for running in reversed(self._running):
+                if table.dims(running + name) is not None:
+                    return running + name
+        if name[:1] in {"#", "."} and not self._running:
+            raise SiteError(
+                f"{self.origin} records {name!r} in no module that stands for one of the "
+                "reference's: pair that (--sites), or record the whole name"
+            )
+        within = f" within {self._running[-1]}" if self._running else ""
+        raise SiteError(
+            f"{self.origin} records {name!r}{within}, and there is no such site"
+            f"{near(name, _endings(name, table.names))}"
+        )
+
+    def table_modules(self) -> Mapping[str, nn.Module]:
+        return {}
+
+    def watch_tables(self, visit: Visit) -> Any:
+        return nullcontext()
+
+    def kernels(self) -> Mapping[str, Callable[..., Any]]:
+        return {}
+
+    def other_kernel(self) -> Any:
+        return nullcontext()
+
+
+def said(error: BaseException) -> str:
+    """An error in one line: its kind and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
+
+
+@dataclass(frozen=True)
+class _Takes:
+    """Which of the four arguments a callable takes, and whether they are told it by name."""
+
+    arguments: tuple[str, ...] = ARGUMENTS
+    by_name: bool = True
+
+    def call(self, call: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+        given = {name: values[name] for name in self.arguments}
+        return call(**given) if self.by_name else call(*given.values())
+
+
+def _takes(call: Callable[..., Any], origin: str) -> _Takes:
+    """By name where `input_ids` is one of them, else by place."""
+    function = getattr(call, "_orig_mod", call)
+    function = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # something built in
+        return _Takes(by_name=False)
+    names = [one.name for one in parameters]
+    kinds = {one.kind for one in parameters}
+    required = [
+        one.name
+        for one in parameters
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
+    if "input_ids" in names and set(required) <= set(ARGUMENTS):
+        takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        return _Takes(ARGUMENTS if takes_all else tuple(n for n in ARGUMENTS if n in names))
+    if inspect.Parameter.VAR_POSITIONAL in kinds and not required:
+        return _Takes(by_name=False)
+    places = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    in_place = all(n not in ARGUMENTS or ARGUMENTS.index(n) == i for i, n in enumerate(places))
+    if in_place and places and set(required) <= set(places[: len(ARGUMENTS)]):
+        return _Takes(ARGUMENTS[: len(places)], by_name=False)
+    raise PortError(
+        f"{origin} takes ({', '.join(names)}): it is called as ({', '.join(ARGUMENTS)}=None)"
+    )
+
+
+def _counts_on(one: Pass) -> bool:
+    """Positions as a model that is not told of them would count."""
+    first = one.positions[:, :1]
+    steps = torch.arange(one.num_tokens, device=first.device)
+    starts = one.continues is not None or not bool(first.any())
+    return starts and bool((one.positions == first + steps).all())
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the harness itself raised it, within a hook."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
+    return str(module).startswith("portkit.parity.")
+
+
+def _endings(name: str, templates: tuple[str, ...]) -> list[str]:
+    """Declared names as far as they can be meant by one that is relative."""
+    if name[:1] == "#":
+        return ["#" + one.partition("#")[2] for one in templates if "#" in one]
+    return list(templates)
+
+
+def _word(of: Any) -> str:
+    return str(of.dtype).removeprefix("torch.")
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[:1].lower() in "aeiou" else f"a {noun}"

@@ -1,0 +1,1 @@
+"""What a probe would have caught, of faults and of the config; and why a site differs."""

@@ -1,0 +1,1 @@
+"""Recordings of one side as files, and proofs against them."""
