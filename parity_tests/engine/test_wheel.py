@@ -150,7 +150,9 @@ def test_the_wheel_announces_commands_families_and_needs(wheel: Path) -> None:
     assert needed == set(map(Requirement, project["dependencies"]))
     assert "transformers" not in {one.name for one in needed}
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in str(metadata.get_payload())
+    text = metadata.get_payload(decode=True)
+    assert isinstance(text, bytes)
+    assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in text.decode()
 
 
 def test_transformers_is_not_there(installed: Installed) -> None:
