@@ -36,14 +36,13 @@ from portkit.decoding.session import Session
 from portkit.generation.loop import Engine
 from portkit.loading import LoadedModel
 from portkit.parity.decoding.approximate import Loss, loss
+from portkit.parity.judging.judge import FLOOR_FACTOR
 from portkit.parity.sides.sites import SiteTable
 from portkit.quantizing import quantize
 from portkit.readable import ReadableBatch
 
 Rows = Sequence[Sequence[int]]
 
-_FLOOR_FACTOR = 1.25
-"""How much further from float64 than the readable path rounding may take a path, as in parity."""
 _JUDGED_PROMPT, _JUDGED_STEPS = 24, 16
 _NUM_LOST_OF = 63
 """Tokens behind the prompt on which it is counted what a quantised model loses."""
@@ -102,10 +101,8 @@ def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dic
     One prompt and some steps with given tokens. Equal to the readable path's in every bit is
     `exact`; at most 1.25 times as far from the truth `rounding`; else `diverged`.
     """
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-    ids = torch.randint(vocab_size, (_JUDGED_PROMPT + _JUDGED_STEPS,), generator=generator)
-    ids = ids.to(device)
+    ids = _random_text(model, vocab_size, _JUDGED_PROMPT + _JUDGED_STEPS)
+    device = ids.device
     prompts, forced = [ids[:_JUDGED_PROMPT].tolist()], ids[_JUDGED_PROMPT:]
     room = _JUDGED_STEPS + 1
     truth = true_logits(model, ids[None], _JUDGED_PROMPT - 1)[0]
@@ -120,7 +117,7 @@ def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dic
             runner = runner_of(engine, device.type, lambda _: None)
             session = FastModel(model, packages, runner=runner).start(prompts, room)
             logits = _logits(session, forced)
-            near = _distance(logits, truth) <= _FLOOR_FACTOR * floor
+            near = _distance(logits, truth) <= FLOOR_FACTOR * floor
             equal = torch.equal(logits, readable)
             found[engine] = "exact" if equal else "rounding" if near else "diverged"
         elif engine in QUANTIZED:
@@ -129,7 +126,7 @@ def judge_paths(model: CausalLM, engines: Sequence[str], vocab_size: int) -> dic
 
 
 def losses(loaded: LoadedModel, engines: Sequence[str]) -> dict[str, Loss]:
-    """What those of the paths lose that are another model by intent,.
+    """What those of the paths lose that are another model by intent.
 
     One prompt, and tokens behind it that the fast path is given.
     """
@@ -142,10 +139,8 @@ def losses(loaded: LoadedModel, engines: Sequence[str]) -> dict[str, Loss]:
 
 def _loss(loaded: LoadedModel, scheme: str) -> Loss:
     model, table = loaded.model, SiteTable(loaded.architecture.sites)
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
     num_tokens = min(_JUDGED_PROMPT + _NUM_LOST_OF, loaded.config.max_position_embeddings)
-    ids = torch.randint(loaded.config.vocab_size, (num_tokens,), generator=generator).to(device)
+    ids = _random_text(model, loaded.config.vocab_size, num_tokens)
     prompts, forced = [ids[:_JUDGED_PROMPT].tolist()], ids[_JUDGED_PROMPT:]
     room = len(forced) + 1
     readable = _logits(ReadableBatch(model, prompts, room), forced)
@@ -154,6 +149,13 @@ def _loss(loaded: LoadedModel, scheme: str) -> Loss:
     packages = Packages(default_folder(), lambda _: None)
     logits = _logits(FastModel(other, packages).start(prompts, room), forced)
     return loss(model, other, (readable, logits), ids[None], table)
+
+
+def _random_text(model: CausalLM, vocab_size: int, num_tokens: int) -> Tensor:
+    """The same each time, int64 (num_tokens,), where the model is."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    return ids.to(next(model.parameters()).device)
 
 
 @torch.inference_mode()

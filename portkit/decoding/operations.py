@@ -1,6 +1,6 @@
 """What a decode step is made of beside plain torch: projection and attention, as torch runs them.
 
-`portkit.decoding.compiled` has the same two, written for the compiler. Knows tensors only.
+`compiled_operations` has the same two, written for the compiler. Knows tensors only.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from portkit.architecture import CausalLM
 from portkit.errors import GenerationError
+from portkit.nn.likeliest import likeliest
 
 _LONGEST_MATCH, _SHORTEST_MATCH = 4, 2
 _PROPOSED = 8
@@ -75,20 +76,20 @@ class LookupSession:
         """What greedy decoding says after one more token (1,): (1, new); -1 where it is NaN."""
         proposed = self._propose([*self._text, int(tokens)])
         if not proposed:
-            return _likeliest(self.decode(tokens))
+            return likeliest(self.decode(tokens))[:, None]
         self._text.append(int(tokens))
         hidden_states = self._feed([self._text[-1], *proposed])
         logits = self._model.logits(hidden_states)[0]
-        likeliest, sure = logits.float().argmax(-1).tolist(), _are_sure(logits)
+        said, sure = logits.float().argmax(-1).tolist(), _are_sure(logits)
         found: list[int] = []
         # Place i says what follows the text and the first i of the proposal.
-        for place, token in enumerate(likeliest):
+        for place, token in enumerate(said):
             if not sure[place] or (place > 0 and found[-1] != proposed[place - 1]):
                 break
             found.append(token)
         if not found:
             self._text.pop()
-            return _likeliest(self.decode(tokens))
+            return likeliest(self.decode(tokens))[:, None]
         # Of what was found the last has not been fed, as without speculation.
         self._cache.advance(len(found))
         self._text += found[:-1]
@@ -115,12 +116,6 @@ class LookupSession:
         self.num_passes += 1
         ids = torch.tensor([list(token_ids)], device=self._device)
         return self._model.hidden_states(ids, cache=self._cache)
-
-
-def _likeliest(logits: Tensor) -> Tensor:
-    """(1, 1); -1 where there is NaN."""
-    found = logits.float().argmax(-1)
-    return found.masked_fill(logits.isnan().any(-1), -1)[:, None]
 
 
 def _are_sure(logits: Tensor) -> list[bool]:
