@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from parity_tests.training.conftest import Write, recipe, same_weights
 from portkit.errors import TrainingError
@@ -20,7 +23,7 @@ from portkit.training import journal
 from portkit.training.ranks import Ranks
 from portkit.training.recipe import Habits
 from portkit.training.run import Inputs, train
-from portkit.training.saves import LATEST, MANIFEST, Saves, State
+from portkit.training.saves import LATEST, MANIFEST, Saves, State, _described
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -107,6 +110,161 @@ def test_without_a_whole_step_nothing_is_begun_anew(saved: tuple[Path, dict[int,
         manifest.write_text("{}")
     with pytest.raises(TrainingError, match="none of the 3 saved steps"):
         loaded(folder)
+
+
+MANIFESTS: dict[str, Any] = {
+    "names nothing": {"format": 1, "step": 4, "files": {}},
+    "no object": [1, 2],
+    "null": None,
+    "deep": None,
+    "files are a list": {"format": 1, "step": 4, "files": [["__0_0.distcp", {}]]},
+    "files are null": {"format": 1, "step": 4, "files": None},
+    "format is an object": {"format": {}, "step": 4, "files": {}},
+    "of another step": "step",
+    "one file too many": "more",
+    "one file too few": "less",
+    "out of the folder": "out",
+}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_malformed_manifest_is_no_step(kind: str, saved: tuple[Path, dict[int, State]]) -> None:
+    folder, states = saved
+    path = folder / "step-00000004" / MANIFEST
+    manifest = json.loads(path.read_text())
+    match MANIFESTS[kind]:
+        case "step":
+            manifest["step"] = 3
+        case "more":
+            manifest["files"]["__1_0.distcp"] = manifest["files"]["__0_0.distcp"]
+        case "less":
+            (path.parent / "stray").write_bytes(b"")
+        case "out":
+            manifest["files"]["../step-00000003/.metadata"] = manifest["files"][".metadata"]
+        case other:
+            manifest = other
+    path.write_text("[" * 100_000 if kind == "deep" else json.dumps(manifest))
+    step, state, notes = loaded(folder)
+    assert (step, len(notes)) == (3, 1)
+    assert equal(state, states[3])
+    assert notes[0].startswith("step-00000004 is passed over: ")
+
+
+def test_a_folder_that_holds_a_manifest_alone_is_no_step(
+    saved: tuple[Path, dict[int, State]],
+) -> None:
+    folder, states = saved
+    newest = folder / "step-00000009"
+    newest.mkdir()
+    (newest / MANIFEST).write_text(json.dumps({"format": 1, "step": 9, "files": {}}))
+    step, state, _ = loaded(folder)
+    assert step == 4
+    assert equal(state, states[4])
+
+
+@pytest.mark.parametrize(
+    "name", ["step-", "step-x", "step-²", "step-٣", "step-9", "step-000000099"]
+)
+def test_a_stray_folder_is_no_step(name: str, saved: tuple[Path, dict[int, State]]) -> None:
+    folder, states = saved
+    (folder / name).mkdir()
+    (folder / ".step-00000009.partial").write_text("a file, where a folder is usual")
+    step, state, notes = loaded(folder)
+    assert (step, notes) == (4, [])
+    assert equal(state, states[4])
+    Saves(folder, 3, ALONE).save(5, states[1])
+    assert (folder / name).is_dir()
+
+
+def test_a_link_is_no_step_and_what_it_leads_to_stays(
+    saved: tuple[Path, dict[int, State]], tmp_path: Path
+) -> None:
+    folder, states = saved
+    elsewhere = tmp_path / "elsewhere"
+    (folder / "step-00000004").rename(elsewhere)
+    (folder / "step-00000004").symlink_to(elsewhere)
+    assert loaded(folder)[0] == 3
+    Saves(folder, 3, ALONE).save(4, states[4])
+    assert loaded(folder)[0] == 4
+    assert (elsewhere / MANIFEST).is_file()
+
+
+class Planted:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+def with_index(step: Path, index: Any) -> None:
+    """Put an index in place, and its digest in the manifest."""
+    (step / ".metadata").write_bytes(pickle.dumps(index))
+    manifest = json.loads((step / MANIFEST).read_text())
+    manifest["files"][".metadata"] = _described(step / ".metadata")
+    (step / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_no_code_is_run_by_an_index(saved: tuple[Path, dict[int, State]], tmp_path: Path) -> None:
+    folder, states = saved
+    with_index(folder / "step-00000004", Planted(tmp_path / "planted"))
+    step, state, notes = loaded(folder)
+    assert (step, len(notes)) == (3, 1)
+    assert "asks for pathlib.Path.touch" in notes[0] or "asks for builtins.getattr" in notes[0]
+    assert equal(state, states[3])
+    assert not (tmp_path / "planted").exists()
+
+
+def test_no_code_is_run_by_what_is_no_tensor(saved: tuple[Path, dict[int, State]]) -> None:
+    """What the index calls bytes torch would unpickle, whatever they ask for."""
+    folder, states = saved
+    newest = folder / "step-00000004"
+    index = pickle.loads((newest / ".metadata").read_bytes())
+    index.state_dict_metadata["model.bias"] = BytesStorageMetadata()
+    with_index(newest, index)
+    step, state, notes = loaded(folder)
+    assert step == 3
+    assert "BytesStorageMetadata" in notes[0]
+    assert equal(state, states[3])
+
+
+def test_an_index_leads_to_no_file_outside(saved: tuple[Path, dict[int, State]]) -> None:
+    folder, _ = saved
+    newest = folder / "step-00000004"
+    index = pickle.loads((newest / ".metadata").read_bytes())
+    for one in index.storage_data.values():
+        one.relative_path = "../step-00000003/__0_0.distcp"
+    with_index(newest, index)
+    step, _, notes = loaded(folder)
+    assert step == 3
+    assert notes == ["step-00000004 is passed over: .metadata names files that it does not list"]
+
+
+def test_a_step_of_another_model_is_passed_over(saved: tuple[Path, dict[int, State]]) -> None:
+    folder, states = saved
+    module = nn.Linear(5, 4)
+    Saves(folder, 9, ALONE).save(5, State(module, [torch.optim.AdamW(module.parameters())]))
+    step, state, notes = loaded(folder)
+    assert (step, len(notes)) == (4, 1)
+    assert "is of shape [4, 5] where [3, 5] is due" in notes[0]
+    assert equal(state, states[4])
+
+
+def test_a_step_that_cannot_be_loaded_after_all_says_the_way_out(
+    saved: tuple[Path, dict[int, State]],
+) -> None:
+    folder, states = saved
+    newest = folder / "step-00000004"
+    (newest / "__0_0.distcp").write_bytes(b"whatever")
+    manifest = json.loads((newest / MANIFEST).read_text())
+    manifest["files"]["__0_0.distcp"] = _described(newest / "__0_0.distcp")
+    (newest / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(TrainingError, match=r"step-00000004 cannot be loaded.*or delete it"):
+        loaded(folder)
+    shutil.rmtree(newest)
+    step, state, _ = loaded(folder)
+    assert step == 3
+    assert equal(state, states[3])
 
 
 def test_half_a_save_is_cleared_away(saved: tuple[Path, dict[int, State]]) -> None:

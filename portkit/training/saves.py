@@ -4,8 +4,9 @@
     RUN/steps/LATEST             the name of the newest
 
 A step is written under another name, flushed to disk, given a manifest with the SHA-256 of every
-file, renamed, and only then pointed to. Any number of ranks reads what any number wrote. Torch
-keeps its index as a pickle: these folders are for the run that made them, not to be exchanged.
+file, renamed, and only then pointed to. Any number of ranks reads what any number wrote. A folder
+is a step where its manifest names exactly the files that are there, and they are this run's; what
+is anything else is passed over, with a note.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,14 +31,15 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from portkit.errors import TrainingError
 from portkit.training.ranks import Ranks
+from portkit.training.stored import load_tensors, misfit
 
 MANIFEST, LATEST = "manifest.json", "LATEST"
 _FORMAT = 1
+_STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -103,25 +106,30 @@ class Saves:
     def load(self, state: State) -> int:
         """Put the newest whole step into `state` and return its number; 0 where none was saved.
 
-        A step that is damaged is passed over, with a note. Raises TrainingError where all are.
+        A step that is damaged, or of another model, is passed over, with a note. Raises
+        TrainingError where all are.
         """
+        tensors = state.tensors()
         with self._ranks.first_does() as first:
-            step = self._newest() if first else 0
+            step = self._newest(tensors) if first else 0
         step = self._ranks.tell(step)
         if step == 0:
             return 0
-        tensors = state.tensors()
-        with _single_process_is_meant():
-            load(
-                tensors,
-                checkpoint_id=self._folder / _name(step),
-                no_dist=self._ranks.world == 1,
-            )
+        folder = self._folder / _name(step)
+        try:
+            with _single_process_is_meant():
+                load_tensors(folder, tensors, no_dist=self._ranks.world == 1)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            reason = " ".join(str(_cause(error)).split())[:200]
+            raise TrainingError(
+                f"{folder} cannot be loaded ({reason}): see to disk and memory, or delete it; the "
+                "same command then goes on from the step before"
+            ) from error
         state.put(tensors)
         return step
 
     def _make_room(self, partial: Path, needed_bytes: float) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(partial)
         partial.mkdir(parents=True)
         free_bytes = shutil.disk_usage(partial).free
         if free_bytes < needed_bytes:
@@ -133,8 +141,7 @@ class Saves:
         files = {path.name: _described(path) for path in sorted(partial.iterdir())}
         _write(partial / MANIFEST, json.dumps({"format": _FORMAT, "step": step, "files": files}))
         _flush(partial)
-        if target.exists():  # found damaged when the run went on, and made again
-            shutil.rmtree(target)
+        _clear(target)  # found damaged when the run went on, and made again
         partial.rename(target)
         pointer = self._folder / f".{LATEST}.partial"
         _write(pointer, target.name + "\n")
@@ -143,12 +150,12 @@ class Saves:
         for old in self._steps()[self._keep :]:
             shutil.rmtree(self._folder / _name(old))
 
-    def _newest(self) -> int:
+    def _newest(self, tensors: dict[str, Any]) -> int:
         for left in self._folder.glob(".step-*.partial"):
-            shutil.rmtree(left)
+            _clear(left)
         steps = self._steps()
         for step in steps:
-            damage = _damage(self._folder / _name(step))
+            damage = _damage(self._folder / _name(step), step, tensors)
             if damage is None:
                 return step
             self._note(f"{_name(step)} is passed over: {damage}")
@@ -160,10 +167,10 @@ class Saves:
         return 0
 
     def _steps(self) -> list[int]:
-        """Saved steps, the newest first."""
-        names = (path.name for path in self._folder.glob("step-*") if path.is_dir())
-        numbers = (name.removeprefix("step-") for name in names)
-        return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+        """Saved steps, the newest first: folders that are called as steps are, and no links."""
+        found = (path for path in self._folder.glob("step-*") if _STEP.fullmatch(path.name))
+        steps = (int(path.name[5:]) for path in found if path.is_dir() and not path.is_symlink())
+        return sorted(steps, reverse=True)
 
     @contextmanager
     def _explaining(self, step: int) -> Iterator[None]:
@@ -188,6 +195,8 @@ def _cause(error: BaseException) -> Exception:
     if isinstance(error, CheckpointException):
         failure = next(iter(error.failures.values()))
         error = failure[0] if isinstance(failure, tuple) else failure
+    if isinstance(error, KeyboardInterrupt):
+        raise error
     for cause in _chain(error):
         if isinstance(cause, OSError):
             return cause
@@ -200,20 +209,44 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a saved step, or None."""
+def _damage(folder: Path, step: int, tensors: dict[str, Any]) -> str | None:
+    """Why a folder is not the saved step that its name says, of `tensors`; None if it is."""
+    try:
+        return next(_damages(folder, step, tensors), None)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+
+
+def _damages(folder: Path, step: int, tensors: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with it. What follows the first of these has not been looked at."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT:
-            return f"it is of format {manifest['format']}, this portkit reads {_FORMAT}"
-        for name, expected in manifest["files"].items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if _described(folder / name) != expected:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    return None
+            yield f"it is of format {manifest['format']!r:.40}, this portkit reads {_FORMAT}"
+        if manifest["step"] != step:
+            yield f"{MANIFEST} is of step {manifest['step']!r:.40}"
+        listed = {**manifest["files"]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        yield f"{MANIFEST} cannot be read ({type(error).__name__})"
+        return
+    # Names that lead out of the folder are none of these.
+    there = {path.name for path in folder.iterdir()} - {MANIFEST}
+    for name in sorted(listed.keys() ^ there):
+        yield f"{name!r:.80} is {'missing' if name in listed else 'none of its files'}"
+    for name, expected in listed.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file() or _described(path) != expected:
+            yield f"{name} is not what was written"
+    if problem := misfit(folder, tensors, listed):
+        yield problem
+
+
+def _clear(left: Path) -> None:
+    """Remove what a save that did not end has left, or whatever else bears such a name."""
+    if left.is_dir() and not left.is_symlink():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
 
 
 def _described(path: Path) -> dict[str, Any]:
