@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
@@ -183,9 +183,14 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU as it is stored: a view of the mapped file."""
         info = self.tensors[name]
-        tensor = self._reader(info.file)(name)
-        assert tuple(tensor.shape) == info.shape, f"{name}: the header was read as {info.shape}"
-        return tensor
+        with suppress(SafetensorError, KeyError):  # where it is not there any more
+            tensor = self._reader(info.file)(name)
+            if tuple(tensor.shape) == info.shape and _word(tensor) == info.dtype:
+                return tensor
+        raise CheckpointError(
+            f"{info.file} was replaced while it was read: {name} is no longer {info.dtype} of "
+            f"shape {list(info.shape)}; run again when nobody writes to it"
+        )
 
     def check(self, advance: Callable[[], None] = lambda: None) -> dict[str, str]:
         """Read every byte: file name to sha256. `CheckFailed` on values that are not finite.
@@ -254,12 +259,11 @@ class Checkpoint:
         return _parse_header(self.files.header(name), name, self.files.num_bytes(name))
 
     def _pickle_header(self, name: str) -> dict[str, TensorInfo]:
-        words = {dtype: word for word, dtype in DTYPES.items()}
         return {
             key: TensorInfo(
                 key,
                 tuple(tensor.shape),
-                words.get(tensor.dtype, str(tensor.dtype)),
+                _word(tensor),
                 tensor.numel() * tensor.element_size(),
                 name,
             )
@@ -308,6 +312,12 @@ def _parse_header(raw: bytes, file: str, file_bytes: int) -> dict[str, TensorInf
         found[name] = TensorInfo(name, shape, word, end - begin, file)
     _refuse_holes(sorted(spans), file, file_bytes - LENGTH_BYTES - len(raw))
     return found
+
+
+def _word(tensor: Tensor) -> str:
+    return next(
+        (word for word, dtype in DTYPES.items() if dtype == tensor.dtype), str(tensor.dtype)
+    )
 
 
 def _is_size(value: object) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portkit.errors import CheckpointError, HubError, PortkitError
+from portkit.hub_answers import no_paths, refuse_path
 from portkit.safetensors_header import LENGTH_BYTES, MAX_BYTES, header_length
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ class RemoteFiles:
                 # what a later run without network goes by.
                 return self._download(self._first, self.revision).parent.name
             except RemoteEntryNotFoundError as error:
-                return str(error.response.headers["X-Repo-Commit"])
+                commit = str(error.response.headers["X-Repo-Commit"])
+                refuse_path("commit", commit)
+                return commit
 
     def has(self, name: str) -> bool:
         """Whether the repository has the file; of it, only response headers are fetched."""
@@ -189,15 +192,16 @@ class RemoteFiles:
         from huggingface_hub import hf_hub_download
 
         cache_only = self._unreachable is not None
-        return Path(
-            hf_hub_download(
-                self.repo_id,
-                name,
-                revision=revision,
-                repo_type=self.repo_type,
-                local_files_only=cache_only,
+        with no_paths():
+            return Path(
+                hf_hub_download(
+                    self.repo_id,
+                    name,
+                    revision=revision,
+                    repo_type=self.repo_type,
+                    local_files_only=cache_only,
+                )
             )
-        )
 
     def _url(self, name: str, revision: str) -> str:
         from huggingface_hub import hf_hub_url

@@ -78,6 +78,7 @@ class HubServer:
     status: int | None = None  # answer everything with this
     stalls_s: float = 0.0  # wait before each answer
     cuts_at_bytes: int | None = None  # hang up once, after this much of a body
+    says: dict[str, str] = field(default_factory=dict)  # headers in place of the right ones
     on_push: Callable[[], object] | None = None  # what a client's request for /push sets off
 
     def __enter__(self) -> HubServer:
@@ -208,7 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+        own = {key: value for key, value in self.hub.says.items() if key in headers}
+        for key, value in (headers | {"Content-Length": str(len(body))} | own).items():
             self.send_header(key, value)
         self.end_headers()
         sent = 0

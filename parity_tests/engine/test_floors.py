@@ -42,6 +42,7 @@ FLOORS = {
     "portkit.envelope": 0,
     "portkit.columns": 0,
     "portkit.safetensors_header": 0,
+    "portkit.hub_answers": 0,
 }
 NO_FAMILY = ("google/gemma-3-270m", "llama2.c", "llama2c", "llama3", "llama.cpp", "llama_cpp")
 """An example, a file format, a rotary rule, a program: named after a family, and none."""

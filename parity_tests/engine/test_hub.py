@@ -345,6 +345,51 @@ def test_servers_that_fail_or_are_none(hub: HubServer, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"ETag": '"../../../../planted"'},
+        {"ETag": 'W/"ABSOLUTE"'},
+        {"ETag": '".."'},
+        {"ETag": '"a\\\\b"'},
+        {"X-Linked-Etag": '"../../../../planted"'},
+        {"X-Repo-Commit": "../../../../planted"},
+        {"X-Repo-Commit": "ABSOLUTE"},
+    ],
+    ids=lambda says: "-".join((*says, *says.values())).replace("/", "|"),
+)
+def test_no_answer_leads_out_of_the_cache(
+    says: dict[str, str], hub: HubServer, tmp_path: Path
+) -> None:
+    """The Hub's library makes paths of ETag and commit as they come, of a missing file's too."""
+    home, planted = tmp_path / "outside" / "home", tmp_path / "planted"
+    hub.says = {key: value.replace("ABSOLUTE", str(planted)) for key, value in says.items()}
+    code = """
+files = RemoteFiles("org/tiny")
+out["config"] = refusal(files.path, "config.json")
+files = RemoteFiles("org/tiny", COMMIT)
+out["weights"] = refusal(files.path, "model.safetensors")
+out["missing"] = refusal(files.path, "tokenizer.json")
+files = RemoteFiles("org/tiny", first="tokenizer.json")
+out["commit"] = refusal(getattr, files, "commit")
+"""
+    commit = hub.repositories["org/tiny"].refs["main"]
+    out = answer(code.replace("COMMIT", repr(commit)), hub.url, home)
+    what = "ETag" if "tag" in next(iter(says)).lower() else "commit"
+    refused = {key for key, text in out.items() if f"answers with the {what} '" in str(text)}
+    assert all(str(out[key]).startswith("HubError: ") for key in refused)
+    assert (
+        refused
+        == {
+            "ETag": {"config"},
+            "X-Linked-Etag": {"weights"},
+            "X-Repo-Commit": {"config", "weights", "missing", "commit"},
+        }[next(iter(says))]
+    )
+    assert [path for path in tmp_path.rglob("*") if "planted" in path.name] == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"outside"}
+
+
 def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.touch()

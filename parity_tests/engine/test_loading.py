@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from parity_tests.checkpoints import save_tiny_multimodal
 from parity_tests.conftest import CheckpointMaker
 from portkit.cli import main
-from portkit.errors import ExportError, Mismatch
+from portkit.errors import CheckpointError, ExportError, Mismatch
 from portkit.exporting import export
 from portkit.loading import draw, load, materialize, open_checkpoint
 from portkit.parity.reference import load_reference
@@ -125,6 +126,47 @@ def test_of_a_multimodal_checkpoint_the_text_model_is_exported(
         logits = load_reference(target, torch.bfloat16).model(ids).logits
         assert torch.equal(load(target).model(ids), logits)
         assert torch.equal(loaded.model(ids), logits)
+
+
+CHANGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "dtype": lambda held: {
+        name: one.view(torch.int16) if name == MOVED else one for name, one in held.items()
+    },
+    "shape": lambda held: {
+        name: one.flatten() if name == MOVED else one for name, one in held.items()
+    },
+    "name": lambda held: {name: one for name, one in held.items() if name != MOVED},
+}
+MOVED = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("is_pickle", [False, True], ids=["safetensors", "pickle"])
+def test_a_file_that_is_replaced_between_plan_and_reading_is_refused(
+    change: str, is_pickle: bool, tiny_checkpoint: CheckpointMaker, tmp_path: Path
+) -> None:
+    folder = tmp_path / "changing"
+    shutil.copytree(tiny_checkpoint("llama3", torch.bfloat16), folder)
+    file = folder / ("pytorch_model.bin" if is_pickle else "model.safetensors")
+    held = load_file(folder / "model.safetensors")
+    if is_pickle:
+        (folder / "model.safetensors").unlink()
+        torch.save(held, file)
+    blueprint = draw(open_checkpoint(folder, allow_pickle=True))
+    assert blueprint.plan.claims
+    replaced = CHANGES[change]({name: one.clone() for name, one in held.items()})
+    file.unlink()  # another file under the name, as downloads put in place: nothing mapped is cut
+    if is_pickle:
+        torch.save(replaced, file)
+    else:
+        save_file(replaced, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as refused:
+        materialize(blueprint)
+    shape = list(held[MOVED].shape)
+    assert str(refused.value) == (
+        f"{file.name} was replaced while it was read: {MOVED} is no longer BF16 of shape {shape}; "
+        "run again when nobody writes to it"
+    )
 
 
 def test_at_the_stored_dtype_parameters_are_views_of_the_file(

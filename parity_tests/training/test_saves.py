@@ -267,6 +267,15 @@ def test_a_step_that_cannot_be_loaded_after_all_says_the_way_out(
     assert equal(state, states[3])
 
 
+def test_where_nothing_was_saved_nothing_is_changed(tmp_path: Path) -> None:
+    """Torch's question for an optimizer's state takes a step, so that there is one."""
+    module = nn.Linear(5, 3)
+    optimizer = torch.optim.AdamW(module.parameters())
+    (tmp_path / "step-x").mkdir()
+    assert Saves(tmp_path, 3, ALONE).load(State(module, [optimizer])) == 0
+    assert not optimizer.state
+
+
 def test_half_a_save_is_cleared_away(saved: tuple[Path, dict[int, State]]) -> None:
     folder, _ = saved
     partial = folder / ".step-00000005.partial"

@@ -109,12 +109,16 @@ class Saves:
         A step that is damaged, or of another model, is passed over, with a note. Raises
         TrainingError where all are.
         """
-        tensors = state.tensors()
+        with self._ranks.first_does() as first:
+            for left in self._folder.glob(".step-*.partial") if first else ():
+                _clear(left)
+            any_saved = first and bool(self._steps())
+        if not self._ranks.tell(any_saved):
+            return 0
+        tensors = state.tensors()  # which steps the optimizer, for its state to be there
         with self._ranks.first_does() as first:
             step = self._newest(tensors) if first else 0
         step = self._ranks.tell(step)
-        if step == 0:
-            return 0
         folder = self._folder / _name(step)
         try:
             with _single_process_is_meant():
@@ -151,20 +155,16 @@ class Saves:
             shutil.rmtree(self._folder / _name(old))
 
     def _newest(self, tensors: dict[str, Any]) -> int:
-        for left in self._folder.glob(".step-*.partial"):
-            _clear(left)
         steps = self._steps()
         for step in steps:
             damage = _damage(self._folder / _name(step), step, tensors)
             if damage is None:
                 return step
             self._note(f"{_name(step)} is passed over: {damage}")
-        if steps:
-            raise TrainingError(
-                f"none of the {len(steps)} saved steps in {self._folder} is whole: delete the run "
-                "to begin anew, or bring the folder back from a copy"
-            )
-        return 0
+        raise TrainingError(
+            f"none of the {len(steps)} saved steps in {self._folder} is whole: delete the run "
+            "to begin anew, or bring the folder back from a copy"
+        )
 
     def _steps(self) -> list[int]:
         """Saved steps, the newest first: folders that are called as steps are, and no links."""
