@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Protocol
 
 import typer
@@ -17,6 +17,20 @@ from portkit.envelope import envelope
 def print_json(command: str, **fields: Any) -> None:
     """Print the one JSON object of a command."""
     print(json.dumps(envelope(command, **fields), ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def stdout_kept() -> Iterator[None]:
+    """What others print within, a port or a library, goes to stderr: stdout is the answer's."""
+    sys.stdout.flush()
+    before = os.dup(1)
+    try:
+        os.dup2(2, 1)  # what is no Python prints there
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
 
 
 def human_bytes(count: float) -> str:

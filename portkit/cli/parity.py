@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from portkit.cli import options, parity_decode
-from portkit.cli.output import coloured, plural, print_json
+from portkit.cli.output import coloured, plural, print_json, stdout_kept
 from portkit.envelope import envelope
 from portkit.errors import ProbeError, SiteError
 
@@ -226,7 +226,8 @@ def command(
         asked = {"repo": repo, "attention": attention, "printed": answered}
         parity_decode.show(matrices, asked, coloured_verdict(matrices.verdict), json=json)
         return
-    result = prove(question, tell) if trace is None else prove_by(trace, question, tell)
+    with stdout_kept():
+        result = prove(question, tell) if trace is None else prove_by(trace, question, tell)
     tell("")
     fields = {**answered, **schema.as_fields(result)}
     if out is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
@@ -21,7 +20,7 @@ from torch import nn
 
 from portkit.errors import PortError
 from portkit.parity.judging.precision import ran_out_of_memory
-from portkit.parity.sides.foreign import said
+from portkit.parity.sides.calling import said
 from portkit.parity.sides.pairs import near
 
 Factory = Callable[[Path, torch.dtype, torch.device], Callable[..., Any]]
@@ -61,7 +60,7 @@ def make(
     except Exception as error:
         if ran_out_of_memory(error):
             raise
-        raise PortError(f"{origin} raised {said(error)}{_place(error)}") from error
+        raise PortError(f"{origin} raised {said(error)}") from error
     if not callable(call):
         raise PortError(
             f"{origin} returned {type(call).__name__} {call!r:.60}: it returns a callable "
@@ -99,7 +98,7 @@ def _imported(name: str, spec: str) -> ModuleType:
             ) from error
         raise PortError(f"{spec}: importing {name} raised {said(error)}") from error
     except Exception as error:
-        raise PortError(f"{spec}: importing {name} raised {said(error)}{_place(error)}") from error
+        raise PortError(f"{spec}: importing {name} raised {said(error)}") from error
 
 
 def _from_file(file: Path, spec: str) -> ModuleType:
@@ -121,13 +120,5 @@ def _from_file(file: Path, spec: str) -> ModuleType:
     except Exception as error:
         if sys.modules.get(file.stem) is module:
             del sys.modules[file.stem]
-        raise PortError(f"{spec}: {file} raised {said(error)}{_place(error)}") from error
+        raise PortError(f"{spec}: {file} raised {said(error)}") from error
     return module
-
-
-def _place(error: BaseException) -> str:
-    """` (file.py, line 12)`: the last line of what was raised."""
-    if isinstance(error, SyntaxError):
-        return f" ({error.filename}, line {error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

@@ -1,13 +1,12 @@
 """A foreign side: somebody else's callable in the place of the port, or of the reference.
 
-Called as `(input_ids, positions, attention_mask, cache=None) -> logits | (logits, cache)`. Knows
-how to call it, what it may not do, and where it can be watched: at modules that are paired with
-the reference's, and at the points that it records itself. What it is made of is its own affair.
+Knows what it may not do, and where it can be watched: at modules that are paired with the
+reference's, and at the points that it records itself. How it is called `calling` knows. What it is
+made of is its own affair.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 from portkit.errors import PortError, PortkitError, SiteError
 from portkit.parity.judging.precision import ran_out_of_memory
 from portkit.parity.probes.probe import Pass
+from portkit.parity.sides.calling import PAST, Answer, calling, is_harness, said
 from portkit.parity.sides.compiled import reachable
+from portkit.parity.sides.keeping import Kept, KeptState
 from portkit.parity.sides.pairs import Paired, SitePairs, near
 from portkit.parity.sides.points import listening
 from portkit.parity.sides.roles import Roles, Visit
 from portkit.parity.sides.sites import CannotRun, SiteTable, parameters_of
-
-ARGUMENTS = ("input_ids", "positions", "attention_mask", "cache")
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,15 @@ class Surroundings:
     modules: Mapping[str, nn.Module]
     """Modules of the text-only reference, or as many as it has, on whatever device."""
     vocab_size: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a pass left for those that go on from it."""
+
+    cache: Any = None
+    num_tokens: int = 0
+    kept: Kept | None = None
 
 
 class ForeignSide:
@@ -58,7 +66,13 @@ class ForeignSide:
         model = call if isinstance(call, nn.Module) else getattr(call, "__self__", None)
         self.model = model if isinstance(model, nn.Module) else None
         self.notes: list[str] = []
-        self._takes = _takes(call, origin)
+        self._calling = calling(call, origin, pairs.takes)
+        if self._calling.left:
+            named = ", ".join(self._calling.left)
+            self._note(f"{origin} takes {named} too: left as it is by default")
+        if self._calling.keeps_within and self.model is None:
+            raise PortError(f"{origin} is no module: what it keeps within cannot be carried")
+        self._kept = None if self.model is None else KeptState(self.model)
         within = {} if self.model is None else reachable(self.model)
         paired = pairs.laid_over(within, around.table, around.modules)
         self._paired = [(within[name], pair) for name, pair in paired.items()]
@@ -68,52 +82,61 @@ class ForeignSide:
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
         """Raises `CannotRun` where it refuses the pass, `PortError` where it breaks its word."""
-        cache = None
-        if one.continues is not None:
-            if "cache" not in self._takes.arguments:
-                raise CannotRun("it takes no cache")
-            if one.continues not in caches:
-                raise CannotRun(f"it left no cache behind the pass {one.continues}")
-            cache = caches.pop(one.continues)
-        if "positions" not in self._takes.arguments and not _counts_on(one):
+        before = self._before(one, caches)
+        if not self._calling.takes("positions") and not _counts_on(one):
             raise CannotRun("it takes no positions")
-        if "attention_mask" not in self._takes.arguments and not bool(one.real.all()):
+        if not self._calling.takes("attention_mask") and not bool(one.real.all()):
             raise CannotRun("it takes no attention_mask")
-        given = {"input_ids": one.input_ids, "positions": one.positions}
-        given["attention_mask"] = one.attention_mask  # type: ignore[assignment]
-        logits, left = self._called(one, given, cache)
-        if left is not None:
-            caches[one.name] = left
-        elif cache is not None:
+        if self._kept is not None:
+            self._kept.restore(before.kept)
+        answer = self._called(one, before)
+        kept = None if self._kept is None else self._kept.save()
+        after = Left(answer.cache, before.num_tokens + one.num_tokens, kept)
+        if answer.cache is not None or self._calling.keeps_within:
+            caches[one.name] = after
+        elif before.cache is not None:
             raise PortError(
                 f"{self.origin} was given a cache in the pass {one.name} and returned none: it "
                 "returns (logits, cache)"
             )
-        return logits[:, -(one.num_logits or one.num_tokens) :]
+        logits = self._checked(one, answer.logits)[:, -(one.num_logits or one.num_tokens) :]
+        return logits.clone()  # it may be a part of what the next pass is written into
 
-    def _called(
-        self, one: Pass, given: Mapping[str, Tensor | None], cache: Any
-    ) -> tuple[Tensor, Any]:
-        own = {name: None if one is None else one.clone() for name, one in given.items()}
-        values = {**own, "cache": cache}
+    def _before(self, one: Pass, caches: dict[str, Any]) -> Left:
+        """What the pass goes on from."""
+        if one.continues is None:
+            return Left()
+        if not (self._calling.takes("cache") or self._calling.keeps_within):
+            raise CannotRun("it takes no cache")
+        if one.continues not in caches:
+            raise CannotRun(f"it left no cache behind the pass {one.continues}")
+        before: Left = caches.pop(one.continues)
+        return before
+
+    def _called(self, one: Pass, before: Left) -> Answer:
+        given = {
+            "input_ids": one.input_ids,
+            "positions": one.positions,
+            "attention_mask": one.attention_mask,
+        }
+        own = {name: None if each is None else each.clone() for name, each in given.items()}
+        values = {**own, "cache": before.cache, PAST: before.num_tokens}
         self._running.clear()
         try:
-            output = self._takes.call(self.call, values)
+            answer = self._calling(self.call, values)
         except (PortkitError, MemoryError):
             raise
         except Exception as error:
-            if ran_out_of_memory(error) or _is_ours(error):
+            if ran_out_of_memory(error) or is_harness(error):
                 raise
             raise CannotRun(f"it raised {said(error)}") from error
-        for name, before in given.items():
-            after = own[name]
-            if before is not None and after is not None and not torch.equal(before, after):
+        for name, untouched in given.items():
+            if untouched is not None and not _equal(own[name], untouched):
                 raise PortError(
                     f"{self.origin} changed its {name} in place in the pass {one.name}: have it "
                     "write to a copy"
                 )
-        logits, left = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
-        return self._checked(one, logits), left
+        return answer
 
     def _checked(self, one: Pass, logits: Any) -> Tensor:
         where = f"{self.origin} returned"
@@ -249,53 +272,6 @@ class ForeignSide:
         return nullcontext()
 
 
-def said(error: BaseException) -> str:
-    """An error in one line: its kind and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
-
-
-@dataclass(frozen=True)
-class _Takes:
-    """Which of the four arguments a callable takes, and whether they are told it by name."""
-
-    arguments: tuple[str, ...] = ARGUMENTS
-    by_name: bool = True
-
-    def call(self, call: Callable[..., Any], values: Mapping[str, Any]) -> Any:
-        given = {name: values[name] for name in self.arguments}
-        return call(**given) if self.by_name else call(*given.values())
-
-
-def _takes(call: Callable[..., Any], origin: str) -> _Takes:
-    """By name where `input_ids` is one of them, else by place."""
-    function = getattr(call, "_orig_mod", call)
-    function = function.forward if isinstance(function, nn.Module) else function
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # something built in
-        return _Takes(by_name=False)
-    names = [one.name for one in parameters]
-    kinds = {one.kind for one in parameters}
-    required = [
-        one.name
-        for one in parameters
-        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-    ]
-    if "input_ids" in names and set(required) <= set(ARGUMENTS):
-        takes_all = inspect.Parameter.VAR_KEYWORD in kinds
-        return _Takes(ARGUMENTS if takes_all else tuple(n for n in ARGUMENTS if n in names))
-    if inspect.Parameter.VAR_POSITIONAL in kinds and not required:
-        return _Takes(by_name=False)
-    places = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
-    in_place = all(n not in ARGUMENTS or ARGUMENTS.index(n) == i for i, n in enumerate(places))
-    if in_place and places and set(required) <= set(places[: len(ARGUMENTS)]):
-        return _Takes(ARGUMENTS[: len(places)], by_name=False)
-    raise PortError(
-        f"{origin} takes ({', '.join(names)}): it is called as ({', '.join(ARGUMENTS)}=None)"
-    )
-
-
 def _counts_on(one: Pass) -> bool:
     """Positions as a model that is not told of them would count."""
     first = one.positions[:, :1]
@@ -304,13 +280,8 @@ def _counts_on(one: Pass) -> bool:
     return starts and bool((one.positions == first + steps).all())
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether the harness itself raised it, within a hook."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
-    return str(module).startswith("portkit.parity.")
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is None or b is None or torch.equal(a, b)
 
 
 def _endings(name: str, templates: tuple[str, ...]) -> list[str]:

@@ -25,6 +25,7 @@ from portkit.parity.sides.sites import SiteTable
 from portkit.weights import Template
 
 _LINE = re.compile(r"(?P<port>\S+)\s*=\s*(?P<site>\S+)(?:\s+\[(?P<dims>[a-z ]+)\])?")
+_TAKES = re.compile(r"takes\s*=\s*(.+)")
 _WORDS = re.compile(r"\{([a-z_]+)=([^{}]+)\}")
 _NEAR = 3
 
@@ -69,8 +70,14 @@ class SitePairs:
     """A table of pairs, read. Raises `SiteError` on a line that is none."""
 
     def __init__(self, text: str = "") -> None:
-        lines = (line.strip() for line in text.splitlines())
-        self._rules = tuple(_rule(line) for line in lines if line and not line.startswith("#"))
+        lines = [line.strip() for line in text.splitlines()]
+        told = [read[1] for line in lines if (read := _TAKES.fullmatch(line))]
+        if len(told) > 1:
+            raise SiteError("site pairs: takes = … stands twice: leave one out")
+        self.takes = told[0] if told else None
+        """What the port is given, under its own names, where the table says so."""
+        pairs = (line for line in lines if line and not _TAKES.fullmatch(line))
+        self._rules = tuple(_rule(line) for line in pairs if not line.startswith("#"))
 
     def laid_over(
         self, modules: Collection[str], table: SiteTable, known: Collection[str]
