@@ -191,7 +191,7 @@ def _tell(loaded: LoadedModel, aloud: bool) -> tuple[str, float]:
     from portkit.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.open(loaded.files)
-    settings = GenerationSettings.read(loaded.files).override(do_sample=False)
+    settings = GenerationSettings.read(loaded.files, do_sample=False)
     started, pieces = time.perf_counter(), [PROMPT]
     steps = generate(
         loaded.model,

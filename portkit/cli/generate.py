@@ -129,7 +129,10 @@ def command(
     blueprint = draw(checkpoint, attention, ignore_config or ())
     tokenizer = Tokenizer.open(checkpoint.files)
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    settings = GenerationSettings.read(checkpoint.files, ignore=ignore_config or ()).override(
+    settings = GenerationSettings.read(
+        checkpoint.files,
+        ignore=ignore_config or (),
+        say=_note,
         **drawing,
         do_sample=_whether_to_sample(sample, drawing),
         repetition_penalty=repetition_penalty,
