@@ -103,7 +103,7 @@ def test_what_the_reference_refuses_is_refused_or_told(
 ) -> None:
     """A number that has one meaning has it, and that is said."""
     write(folder, generation)
-    with pytest.raises(ValueError, match="temperature|top_k|top_p|min_p"):
+    with pytest.raises(ValueError, match=r"temperature|top_k|top_p|min_p"):
         theirs(folder)
     *_, (key, value) = generation.items()
     if value in (0, -1) and not isinstance(value, float):

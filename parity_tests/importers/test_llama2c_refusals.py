@@ -50,7 +50,12 @@ MODELS = {
         "its legacy header (no magic number) says",
     ),
     "big-endian": (patched(LEGACY, 0, ">7i", *writer.SIZES), "it is cut short, or of"),
-    "a zip file": (b"PK\x03\x04" + bytes(300), "says intermediate_size = 0"),
+    "a ckpt.pt": (
+        b"PK\x03\x04" + bytes(300),
+        "it is what torch.save writes, as llama2.c's training writes ckpt.pt: make a model file",
+    ),
+    "an old ckpt.pt": (b"\x80\x02\x8a\x0al\xfc" + bytes(300), "it is what torch.save writes"),
+    "a GGUF file": (b"GGUF" + bytes(300), "it is a GGUF file, llama.cpp's"),
     "text": (b"Once upon a time, there was a little girl named Lily.", "not a model of llama2.c"),
     "negative dim": (of_sizes(dim=-30), "says hidden_size = -30"),
     "no layers": (of_sizes(layers=0), "says num_hidden_layers = 0"),

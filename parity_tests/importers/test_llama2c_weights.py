@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import LlamaForCausalLM
 import portkit
 from parity_tests.importers import llama2c_writer as writer
 from portkit import layout
+from portkit.errors import ImportFormatError
 from portkit.importers.llama2c import import_llama2c
 
 FORMATS = ("legacy", "v1", "q8_0")
@@ -91,15 +93,54 @@ def test_transformers_and_portkit_compute_the_same(imported):
     assert torch.equal(logits, expected)
 
 
-@pytest.mark.parametrize("rotary_base", [10000.0, 1e6])
-def test_rotary_tables_are_left_out_and_missed_only_if_they_differ(tmp_path, rotary_base):
-    written = writer.legacy(tied=True, rotary_base=rotary_base)
-    (tmp_path / "model.bin").write_bytes(written.data)
-    outcome = import_llama2c(tmp_path / "model.bin", tmp_path / "out")
+def base_and_notes(tmp_path, data: bytes, **options: float) -> tuple[float, list[str]]:
+    (tmp_path / "model.bin").write_bytes(data)
+    outcome = import_llama2c(tmp_path / "model.bin", tmp_path / "out", **options)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    shutil.rmtree(tmp_path / "out")
+    return config["rope_theta"], list(outcome.notes)
+
+
+@pytest.mark.parametrize("base", [10000.0, 1e6, 500000.0, 26347.0, 1234570.0, 2.5])
+def test_the_rotary_base_is_read_off_the_tables(tmp_path, base):
+    """And the model is then the reference's with that base; the tables themselves are left out."""
+    written = writer.legacy(tied=True, rotary_base=base)
+    found, notes = base_and_notes(tmp_path, written.data)
+    assert found == base
+    said = f"the rotary base {base:.10g} is read off the file's tables"
+    assert [note[: len(said)] for note in notes] == ([] if base == 10000.0 else [said])
+    import_llama2c(tmp_path / "model.bin", tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == written.expected.keys()
-    assert [note.split(" table")[0] for note in outcome.notes] == (
-        [] if rotary_base == 10000.0 else ["the file's rotary.cos", "the file's rotary.sin"]
+    reference = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    positions = torch.arange(writer.POSITIONS)[None]
+    cos, _ = reference.model.rotary_emb(torch.zeros(1), positions)
+    table = rotary_tables(written.data)[0]
+    assert torch.allclose(cos[0, :, : table.shape[1]], table, rtol=0, atol=1e-4)
+
+
+def rotary_tables(data: bytes) -> torch.Tensor:
+    """Cosines and sines, (2, positions, pairs), at the end of a tied legacy file."""
+    tables = torch.frombuffer(bytearray(data), dtype=torch.float32, offset=28)
+    return tables[-writer.POSITIONS * writer.HEAD_DIM :].view(2, writer.POSITIONS, -1)
+
+
+def test_a_rotary_base_that_is_given_is_taken(tmp_path):
+    million = writer.legacy(tied=True, rotary_base=1e6).data
+    assert base_and_notes(tmp_path, million, rope_theta=1e6)[0] == 1e6
+    assert base_and_notes(tmp_path, million, rope_theta=5e5) == (
+        5e5,
+        ["the file's rotary tables are of base 1000000, and 500000 is taken"],
     )
+    v1 = writer.versioned("v1", tied=True).data
+    assert base_and_notes(tmp_path, v1) == (10000.0, [])
+    assert base_and_notes(tmp_path, v1, rope_theta=5e5) == (5e5, [])
+    num_bytes = 4 * writer.POSITIONS * writer.HEAD_DIM
+    for tables in (bytes(num_bytes), bytes(range(64, 84)) * (num_bytes // 20)):
+        found, (note,) = base_and_notes(tmp_path, million[:-num_bytes] + tables)
+        assert found == 10000.0
+        assert note.startswith("the file's rotary tables are of no base: 10000 is taken, which")
+    with pytest.raises(ImportFormatError, match="a rotary base of 0: give a number above 1"):
+        base_and_notes(tmp_path, v1, rope_theta=0.0)
 
 
 def test_only_q_and_k_are_copied_before_they_are_written(tmp_path, monkeypatch):

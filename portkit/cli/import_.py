@@ -33,12 +33,20 @@ def command(
             help="llama2.c's tokenizer.bin, or the SentencePiece .model behind it.",
         ),
     ] = None,
+    rope_theta: Annotated[
+        float | None,
+        typer.Option(
+            "--rope-theta",
+            metavar="BASE",
+            help="The rotary base; else what a legacy file's tables say, or 10000.",
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Write a llama2.c model (legacy, v1 or q8_0) as a folder that Transformers reads too."""
     from portkit.importers.llama2c import import_llama2c
 
-    imported = import_llama2c(file, directory, tokenizer=tokenizer)
+    imported = import_llama2c(file, directory, tokenizer=tokenizer, rope_theta=rope_theta)
     header = imported.header
     for note in imported.notes:
         print(f"portkit: note: {note}", file=sys.stderr)

@@ -4,7 +4,8 @@ Three formats, all little-endian. *legacy*: seven int32, then float32 tensors an
 *v1*: a header of 256 bytes, then float32 tensors, the norms first. *q8_0*: as v1, but each matrix
 is int8 in groups that share a float32 scale. Knows their headers and the order of their tensors,
 that q and k are in the interleaved rotary layout of the original Llama release, and what llama2.c
-has in its code instead of its files: RMS epsilon, rotary base, BOS and EOS. Does not compute.
+has in its code instead of its files: RMS epsilon, BOS and EOS, and the rotary base, which a legacy
+file's tables tell. Does not compute.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from portkit import layout
 from portkit.errors import ImportFormatError
+from portkit.importers.llama2c_rotary import LLAMA2C_BASE, choose_base
 from portkit.importers.llama2c_tokenizer import read_llama2c_tokenizer
 from portkit.importers.sentencepiece import read_sentencepiece
 from portkit.importers.vocabulary import BOS_ID, EOS_ID, UNK_ID, Vocabulary, to_tokenizer
@@ -30,8 +32,18 @@ from portkit.importers.vocabulary import BOS_ID, EOS_ID, UNK_ID, Vocabulary, to_
 _MAGIC = 0x616B3432  # "ak42"
 _HEADER_BYTES = 256  # of v1 and q8_0
 _FORMATS = {1: "v1", 2: "q8_0"}
-_RMS_NORM_EPS, _ROPE_THETA = 1e-5, 10000.0
+_RMS_NORM_EPS = 1e-5
 _ROTARY = ("rotary.cos", "rotary.sin")  # (positions, head_dim / 2) each, in legacy files only
+_PICKLED = (
+    "it is what torch.save writes, as llama2.c's training writes ckpt.pt: make a model file of it "
+    "with llama2.c's `python export.py model.bin --checkpoint ckpt.pt`"
+)
+_OTHERS = {
+    b"PK\3\4": _PICKLED,
+    b"\x80\2\x8a\n": _PICKLED,
+    b"GGUF": "it is a GGUF file, llama.cpp's: take the checkpoint that it was made of",
+}
+"""What files of other formats begin with, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +92,32 @@ class _Block:
         return len(self.shape) == 2
 
 
-def import_llama2c(file: Path, directory: Path, *, tokenizer: Path | None = None) -> Imported:
+def import_llama2c(
+    file: Path,
+    directory: Path,
+    *,
+    tokenizer: Path | None = None,
+    rope_theta: float | None = None,
+) -> Imported:
     """Write the model in `file` to `directory`, which must be absent or an empty folder.
 
     `tokenizer` is llama2.c's `tokenizer.bin` or the SentencePiece `.model` behind it; without one
-    the folder has weights and configs only. float32 weights are written from the mapped file.
+    the folder has weights and configs only. `rope_theta`: the rotary base; None is what the file's
+    tables say, and of a file without tables 10000. float32 weights are written from the mapped
+    file.
 
     Raises `ImportFormatError` if a file is not what it should be, `ExportError` if the folder
     cannot be written; nothing is left behind then.
     """
     header = read_header(file)
-    small_files = _configs(header)
+    if rope_theta is not None and not 1 < rope_theta < math.inf:
+        raise ImportFormatError(f"a rotary base of {rope_theta:g}: give a number above 1")
+    base, notes = _rotary_base(file, header, rope_theta)
+    small_files = _configs(header, base)
     if tokenizer is not None:
         small_files |= _tokenizer_files(_read_vocabulary(tokenizer, header), header)
     with layout.new_folder(directory) as folder:
-        tensors, notes = _llama_tensors(file, header)
+        tensors = _llama_tensors(file, header)
         layout.write_weights(folder, tensors)
         for name, content in small_files.items():
             layout.write_json(folder, name, content)
@@ -131,6 +154,8 @@ def read_header(file: Path) -> Header:
 def _parse_header(start: bytes) -> Header:
     if len(start) < 28:
         raise ValueError(f"{len(start)} bytes are too few for any header")
+    if start[:4] in _OTHERS:
+        raise ValueError(_OTHERS[start[:4]])
     if struct.unpack_from("<I", start) != (_MAGIC,):
         sizes = struct.unpack_from("<7i", start)
         # A negative vocabulary says that the classifier is stored apart from the embedding.
@@ -278,19 +303,22 @@ def _read_tensors(file: Path, header: Header) -> Iterator[tuple[str, Tensor]]:
             offset += _tensor_bytes(block, header.group_size)
 
 
-def _llama_tensors(file: Path, header: Header) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of the Hugging Face layout, and what there is to say about the others."""
-    tensors: dict[str, Tensor] = {}
-    notes: list[str] = []
-    for name, tensor in _read_tensors(file, header):
-        if name not in _ROTARY:
-            tensors[name] = _half_rotated(name, tensor, header.head_dim)
-        elif not _is_rotary_table(name, tensor):
-            notes.append(
-                f"the file's {name} table is not that of base {_ROPE_THETA:.0f}; it is left out, "
-                "as llama2.c itself passes over it"
-            )
-    return tensors, notes
+def _llama_tensors(file: Path, header: Header) -> dict[str, Tensor]:
+    """The tensors of the Hugging Face layout."""
+    return {
+        name: _half_rotated(name, tensor, header.head_dim)
+        for name, tensor in _read_tensors(file, header)
+        if name not in _ROTARY
+    }
+
+
+def _rotary_base(file: Path, header: Header, given: float | None) -> tuple[float, list[str]]:
+    """The base to write, and what there is to say about it."""
+    if header.source_format != "legacy":
+        return given or LLAMA2C_BASE, []
+    tables = {name: tensor for name, tensor in _read_tensors(file, header) if name in _ROTARY}
+    cos, sin = (tables[name] for name in _ROTARY)
+    return choose_base(cos, sin, given)
 
 
 def _half_rotated(name: str, weight: Tensor, head_dim: int) -> Tensor:
@@ -304,16 +332,7 @@ def _half_rotated(name: str, weight: Tensor, head_dim: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _is_rotary_table(name: str, table: Tensor) -> bool:
-    """Whether `table` is what base 10000 gives, so that nothing is lost by leaving it out."""
-    positions, half = torch.arange(table.shape[0]).float(), torch.arange(table.shape[1]).float()
-    angles = torch.outer(positions, _ROPE_THETA ** (-half / table.shape[1]))
-    expected = angles.cos() if name == _ROTARY[0] else angles.sin()
-    # float32 angles of a few thousand radians are good to 1e-3; another base is off by 1.
-    return torch.allclose(table, expected, rtol=0, atol=1e-2)
-
-
-def _configs(header: Header) -> dict[str, dict[str, Any]]:
+def _configs(header: Header, rope_theta: float) -> dict[str, dict[str, Any]]:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -327,7 +346,7 @@ def _configs(header: Header) -> dict[str, dict[str, Any]]:
         "max_position_embeddings": header.max_position_embeddings,
         "hidden_act": "silu",
         "rms_norm_eps": _RMS_NORM_EPS,
-        "rope_theta": _ROPE_THETA,
+        "rope_theta": rope_theta,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": header.tied,
