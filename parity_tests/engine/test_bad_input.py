@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -275,21 +276,30 @@ def test_damage_at_random(base: str, sound: Maker, tmp_path: Path) -> None:
     assert outcomes[2] > 75, outcomes
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda one: one.name)
 def test_interrupted(
+    number: signal.Signals,
     sound: Maker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     run: Callable[..., tuple[object, str, str]],
 ) -> None:
-    """Ctrl-C in the middle of an export: no traceback, and nothing half-written."""
+    """Ctrl-C or SIGTERM in the middle of an export: no traceback, and nothing half-written."""
 
     def interrupt(folder: Path, *_: object) -> None:
         (folder / WEIGHTS).write_bytes(b"half")
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(exporting, "write_weights", interrupt)
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    # What a shell starts in the background ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     target = tmp_path / "new" / "copy"
-    code, out, err = run("load", str(sound("llama")), "--export", str(target))
+    try:
+        code, out, err = run("load", str(sound("llama")), "--export", str(target))
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
     assert (code, out) == (130, "")
     assert len(err.splitlines()) <= 1
     assert listing(tmp_path) == {}

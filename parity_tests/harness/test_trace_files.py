@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,6 +151,32 @@ def test_a_trace_is_written_whole_or_not_at_all(
 
 
 # -- two traces ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda one: one.name)
+def test_a_recording_that_is_ended_leaves_nothing(
+    number: signal.Signals, tiny_checkpoint: CheckpointMaker, tmp_path: Path
+) -> None:
+    """The bytes that wait for their order have no name: not even a kill leaves them."""
+    code = (
+        "import os, sys; from portkit.cli import main\n"
+        "from portkit.parity.traces.trace_writer import TraceWriter\n"
+        "add = TraceWriter.add\n"
+        "def ended(self, name, tensor):\n"
+        "    add(self, name, tensor)\n"
+        f"    if len(self._entries) == 5: os.kill(os.getpid(), {number.value})\n"
+        "TraceWriter.add = ended\n"
+        "main(sys.argv[1:])"
+    )
+    target = tmp_path / "traces" / "trace.safetensors"
+    target.parent.mkdir()
+    asked = ("record", str(tiny_checkpoint("llama3")), "-o", str(target), "--engine", "portkit")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *asked], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (130 if number == signal.SIGTERM else -number), done.stderr
+    assert ("portkit: error: interrupted" in done.stderr) is (number == signal.SIGTERM)
+    assert list(target.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,14 +4,16 @@ Knows exit codes and how an error reads on a terminal. Knows nothing of models: 
 engine inside its function, so that `portkit --help` never waits for torch.
 
 Exit codes: 0 done or the gate holds, 1 the answer is no, 2 bad input or usage, 3 inconclusive,
-70 our own fault, 130 interrupted.
+70 our own fault, 130 interrupted (Ctrl-C, SIGTERM).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -80,6 +82,7 @@ app.add_typer(bench.app, name="bench")
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code. A user's error is one line on stderr."""
+    _terminate_as_ctrl_c_does()
     try:
         code = app(args=argv, prog_name="portkit", standalone_mode=False) or 0
         if code == INTERRUPTED:  # which typer makes of a Ctrl-C in a verb
@@ -104,6 +107,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception:
         code = _say_error(_keep_traceback(), INTERNAL_ERROR)
     sys.exit(code)
+
+
+def _terminate_as_ctrl_c_does() -> None:
+    """Have SIGTERM unwind what runs, so that nothing half made stays; where somebody has it heard
+    or ignored already, it is theirs.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _say_error(message: str, code: int) -> int:

@@ -1,8 +1,8 @@
 """Writing a trace: tensors as they come, the description at the end, the file whole or not at all.
 
 A safetensors file begins with its header, which nobody knows before the last tensor and the floors.
-So the bytes lie beside the file first, and are put in order once: large elements first, or a reader
-could not map them in place.
+So the bytes lie on its disk first, without a name, and are put in order once: large elements first,
+or a reader could not map them in place.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from tempfile import TemporaryFile
+from typing import IO
 from uuid import uuid4
 
 import torch
@@ -29,7 +30,7 @@ _COPIED_BYTES = 1 << 24
 class TraceWriter:
     """Takes tensors one by one; `new_trace` makes one and names the file."""
 
-    def __init__(self, spool: BinaryIO) -> None:
+    def __init__(self, spool: IO[bytes]) -> None:
         self._spool = spool
         self._entries: list[tuple[str, Tensor, int, int]] = []
         """Name, the tensor's kind on the meta device, and where its bytes lie."""
@@ -43,7 +44,7 @@ class TraceWriter:
         self._spool.write(flat.numpy().data)
         self._entries.append((name, tensor.to("meta"), begin, self._spool.tell()))
 
-    def copy_to(self, target: BinaryIO) -> None:
+    def copy_to(self, target: IO[bytes]) -> None:
         """Write the trace: header, then the tensors."""
         assert self.description is not None, "a trace without a description is none"
         ordered = sorted(self._entries, key=lambda entry: -entry[1].itemsize)
@@ -74,11 +75,10 @@ def new_trace(path: Path) -> Iterator[TraceWriter]:
     """
     if path.is_dir():
         raise TraceError(f"{path} is a folder: name a file in it")
-    stem = f".{path.name}.{uuid4().hex[:8]}"
-    spooled, partial = path.parent / f"{stem}.tensors", path.parent / f"{stem}.partial"
+    partial = path.parent / f".{path.name}.{uuid4().hex[:8]}.partial"
     try:
         try:
-            with spooled.open("w+b") as spool:
+            with TemporaryFile(dir=path.parent) as spool:  # gone however the process ends
                 writer = TraceWriter(spool)
                 yield writer
                 with partial.open("wb") as target:
@@ -89,6 +89,5 @@ def new_trace(path: Path) -> Iterator[TraceWriter]:
                 f"{path} cannot be written: {error.strerror or error}; make room or name another"
             ) from error
     finally:
-        for left in (spooled, partial):
-            with suppress(OSError):
-                left.unlink()
+        with suppress(OSError):
+            partial.unlink()
