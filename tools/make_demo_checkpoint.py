@@ -32,7 +32,7 @@ from portkit.generation.loop import generate
 from portkit.generation.settings import GenerationSettings
 from portkit.loading import LoadedModel, load
 from portkit.tokenizer import Tokenizer
-from portkit.training.texts import SEPARATOR
+from portkit.training.reading import SEPARATOR
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT, BATCH_SIZE = 256, 8

@@ -8,7 +8,7 @@ import pytest
 
 from parity_tests.engine.hub_server import NOWHERE, HubServer, answer
 from portkit.errors import DataError, HubError
-from portkit.training import texts
+from portkit.training import reading
 from portkit.training.texts import find_texts
 
 STORIES = "Once.\n<|endoftext|>\n Twice,\n and more.\n<|endoftext|>\n\n<|endoftext|>Thrice: ü"
@@ -37,7 +37,7 @@ def test_a_file_is_split_at_the_separator(tmp_path: Path) -> None:
 def test_a_separator_may_lie_across_two_reads(
     read_characters: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts, "_READ_CHARACTERS", read_characters)
+    monkeypatch.setattr(reading, "_READ_CHARACTERS", read_characters)
     file = tmp_path / "stories.txt"
     file.write_text(STORIES, encoding="utf-8")
     assert documents(file) == DOCUMENTS

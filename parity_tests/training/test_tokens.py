@@ -11,7 +11,8 @@ import pytest
 from portkit.errors import DataError
 from portkit.training import preparation
 from portkit.training.preparation import HELD_OUT, TRAIN, divide, prepare
-from portkit.training.texts import SEPARATOR, Texts, find_texts
+from portkit.training.reading import SEPARATOR
+from portkit.training.texts import Texts, find_texts
 from portkit.training.tokens import Origin, TokenFile, TokenWriter
 from portkit.training.vocabulary import digest, open_folder, train_characters
 

@@ -42,7 +42,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="TEXT",
-        help="A text file, a folder of them, tinystories, or hf://datasets/OWNER/NAME/FILE.",
+        help="Text, or JSON, JSON Lines or CSV, also gzipped: a file, a folder, "
+        "hf://datasets/OWNER/NAME/FILE, or tinystories.",
     ),
 ]
 Out = Annotated[
@@ -55,6 +56,10 @@ HeldOut = Annotated[
     typer.Option(
         "--held-out", metavar="TEXT", help="Text to evaluate on; else a tenth of the data."
     ),
+]
+TextKey = Annotated[
+    str | None,
+    typer.Option("--text-key", metavar="KEY", help='Of records the value that is text: "text".'),
 ]
 Tokenizer = Annotated[
     str,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from portkit.checkpoint import CONFIG
-from portkit.errors import TrainingError
+from portkit.errors import DataError, TrainingError
 from portkit.loading import open_checkpoint, resolve_device
 from portkit.tokenizer import Tokenizer
 from portkit.training import journal, vocabulary
@@ -56,6 +56,8 @@ class Inputs:
     config: str
     data: str
     held_out: str | None = None
+    text_key: str | None = None
+    """Which value of a record is its text, where the text comes in records."""
     tokenizer: str = BPE
     """`bpe`, `characters`, or a checkpoint whose tokenizer and vocabulary are taken."""
     vocab_size: int | None = None
@@ -137,9 +139,13 @@ def _prepare(inputs: Inputs, recipe: Recipe, folder: Path, watch: Watch) -> _Pre
     """
     earlier = journal.read_run(folder)
     raw = read_variant(inputs.config)
-    texts, held_out = find_texts(inputs.data)
+    texts, held_out = find_texts(inputs.data, inputs.text_key)
     if inputs.held_out is not None:
-        held_out, _ = find_texts(inputs.held_out)
+        held_out, _ = find_texts(inputs.held_out, inputs.text_key)
+    if inputs.text_key is not None and not any(
+        one and one.has_records for one in (texts, held_out)
+    ):
+        raise DataError(f"--text-key {inputs.text_key}: plain text has no keys, leave it out")
     corpora = divide(texts, held_out)
     data = {one.part: one.survey.sha256 for one in corpora}
     if earlier is not None and earlier["data"] != data:

@@ -1,7 +1,7 @@
-"""Where training text comes from: files, folders, the Hub; and what one document is.
+"""Where training text comes from: files, folders, the Hub.
 
-Knows how a `--data` word becomes files, how files are read without holding them, and how documents
-are told apart: `<|endoftext|>` ends one, and so does the end of a file. Knows no tokenizer.
+Knows how a `--data` word becomes files, and what a reading of all documents finds; how a file is
+read is `reading.py`'s. Knows no tokenizer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from pathlib import Path
 
 from portkit.errors import DataError, HubError
 from portkit.hub import RemoteFiles
+from portkit.training.reading import documents_of, is_records, is_text_data
 
-SEPARATOR = "<|endoftext|>"
-_READ_CHARACTERS = 1 << 20
 _HUB = "hf://datasets/"
 
 # Corpora with a name of their own: training text, and the text that is held out, on the Hub.
@@ -33,14 +32,21 @@ class Texts:
 
     name: str
     files: tuple[Path, ...]
+    text_key: str | None = None
+    """Which value of a record is its text; None is "text"."""
 
     def documents(self) -> Iterator[str]:
         """Each document without the white space around it; empty ones are left out.
 
-        Raises DataError where a file is not UTF-8 or cannot be read.
+        Raises DataError where a file cannot be read, or not as what it is called.
         """
         for file in self.files:
-            yield from filter(None, map(str.strip, _split(file)))
+            yield from filter(None, map(str.strip, documents_of(file, self.text_key)))
+
+    @property
+    def has_records(self) -> bool:
+        """Whether a key says what of a file is text."""
+        return any(map(is_records, self.files))
 
     def survey(self) -> Survey:
         """Read everything once: digest and size. Raises DataError where there is no text at all."""
@@ -65,52 +71,40 @@ class Survey:
     num_characters: int
 
 
-def find_texts(name: str) -> tuple[Texts, Texts | None]:
+def find_texts(name: str, text_key: str | None = None) -> tuple[Texts, Texts | None]:
     """The training text that `name` stands for, and the held-out text where it brings its own.
 
-    A file; a folder, of which every `.txt` below it is taken; the name of a corpus (tinystories);
-    or `hf://datasets/OWNER/NAME/FILE`, fetched through the Hub's cache. Raises DataError, HubError.
+    A file; a folder, of which every `.txt` below it is taken, or where there is none every file of
+    records; the name of a corpus (tinystories); or `hf://datasets/OWNER/NAME/FILE`, fetched through
+    the Hub's cache. Raises DataError, HubError.
     """
     if name in CORPORA and not Path(name).exists():
         train, held_out = CORPORA[name]
-        return _from_hub(train), _from_hub(held_out)
+        return _from_hub(train, text_key), _from_hub(held_out, text_key)
     if name.startswith(_HUB):
-        return _from_hub(name), None
+        return _from_hub(name, text_key), None
     path = Path(name)
     if path.is_file():
-        return Texts(name, (path,)), None
+        return Texts(name, (path,), text_key), None
     if path.is_dir():
-        files = tuple(sorted(file for file in path.rglob("*.txt") if file.is_file()))
+        found = sorted(file for file in path.rglob("*") if is_text_data(file) and file.is_file())
+        files = [file for file in found if not is_records(file)] or found
         if not files:
-            raise DataError(f"{name} holds no .txt file: give a folder that does, or a file")
-        return Texts(name, files), None
+            raise DataError(
+                f"{name} holds no .txt file, and no .json, .jsonl or .csv either: give a folder "
+                "that does, or a file"
+            )
+        return Texts(name, tuple(files), text_key), None
     raise DataError(
-        f"there is no text at {name!r}: give a file, a folder of .txt files, "
+        f"there is no text at {name!r}: give a file, a folder of them, "
         f"{_HUB}OWNER/NAME/FILE, or {' or '.join(CORPORA)}"
     )
 
 
-def _from_hub(name: str) -> Texts:
+def _from_hub(name: str, text_key: str | None) -> Texts:
     owner, _, rest = name.removeprefix(_HUB).partition("/")
     repository, _, file = rest.partition("/")
     if not (owner and repository and file):
         raise HubError(f"{name!r} names no file of a dataset: write {_HUB}OWNER/NAME/FILE")
     files = RemoteFiles(f"{owner}/{repository}", repo_type="dataset", first=file)
-    return Texts(name, (files.path(file),))
-
-
-def _split(file: Path) -> Iterator[str]:
-    """What stands between separators, a million characters in memory and one document at a time."""
-    held = ""
-    try:
-        with file.open(encoding="utf-8") as text:
-            while read := text.read(_READ_CHARACTERS):
-                *whole, held = (held + read).split(SEPARATOR)
-                yield from whole
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8 ({error.reason}): convert it, say with iconv"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}): see to its path") from error
-    yield held
+    return Texts(name, (files.path(file),), text_key)
