@@ -91,7 +91,7 @@ REFUSED = {
     "a.json": (b"[{]", "is not JSON ("),
     "deep.json": (b"[" * 200_000, "is not JSON that is read here"),
     "number.json": (b"[3]", "has no text in record 1: it is neither an object nor a string"),
-    "a list.jsonl": (b'{"text": ["a"]}', "has no text under text in line 1, but a list"),
+    "a list.jsonl": (b'{"text": ["a"]}', 'has no text under text in line 1, but ["a"]: give'),
     "chat.jsonl": (b'{"messages": []}', "has no text in line 1: name the text with --text-key (m"),
     "a.csv": (b"id,story\n1,Once", "has no column text: name the text with --text-key (id, story)"),
     "short.csv": (b"id,text\n1,a\n2", "ends before its column text in line 3"),

@@ -183,9 +183,9 @@ def _text(record: Any, key: str, where: str) -> str:
         raise _Unreadable(f"has no {_shown(key)} in {where}: {_another(record)}")
     value = record[key]
     if not isinstance(value, str | None):
-        kind = {list: "a list", dict: "an object"}.get(type(value), json.dumps(value))
+        found = json.dumps(value)[:60]
         raise _Unreadable(
-            f"has no text under {_shown(key)} in {where}, but {kind}: give another key"
+            f"has no text under {_shown(key)} in {where}, but {found}: give another key"
         )
     return value or ""
 
