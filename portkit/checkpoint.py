@@ -9,11 +9,9 @@ header of a remote file is all that is ever fetched of it to inspect it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from portkit.errors import CheckFailed, CheckpointError, InvalidConfig, PortkitError
+from portkit.json_reading import parse_object, read_object
 from portkit.safetensors_header import LENGTH_BYTES, MAX_BYTES, header_length
 
 CONFIG = "config.json"
@@ -51,6 +50,14 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+
+
+_AGAIN = "fetch the checkpoint again"
+_MAX_TENSORS = 1 << 19
+"""Of a checkpoint; the largest released have a quarter of it."""
+_MAX_SHARDS = 1 << 12
+_MAX_DIMENSIONS = 64
+"""Torch's own, for most of what it computes."""
 
 
 class Files(Protocol):
@@ -145,6 +152,7 @@ class Checkpoint:
         self.files = files
         self.allow_pickle = allow_pickle
         self._open: dict[str, Callable[[str], Tensor]] = {}
+        self._header_bytes = 0
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -227,9 +235,7 @@ class Checkpoint:
         return found
 
     def _json(self, name: str, error: type[PortkitError]) -> dict[str, Any]:
-        with reading(name):
-            raw = self.files.path(name).read_bytes()
-        return _json_object(raw, name, error)
+        return read_object(self.files.path(name), name, error, _AGAIN)
 
     # -- shards ------------------------------------------------------------------------------
 
@@ -241,8 +247,10 @@ class Checkpoint:
             raise _damaged(f"{index} has no weight_map from tensor names to files")
         for shard in weight_map.values():
             _refuse_shard(shard, index)
+        shards = dict.fromkeys(weight_map.values())
+        _refuse_more(len(shards), _MAX_SHARDS, f"{index} names", "files")
         found: dict[str, TensorInfo] = {}
-        for shard in dict.fromkeys(weight_map.values()):
+        for shard in shards:
             if not self.files.has(shard):
                 raise _damaged(f"{index} names {shard}, which {self.files.origin} lacks")
             for name, info in header(shard).items():
@@ -256,7 +264,10 @@ class Checkpoint:
         return found
 
     def _safetensors_header(self, name: str) -> dict[str, TensorInfo]:
-        return _parse_header(self.files.header(name), name, self.files.num_bytes(name))
+        raw = self.files.header(name)
+        self._header_bytes += len(raw)
+        _refuse_more(self._header_bytes, MAX_BYTES, f"the headers up to {name} have", "bytes")
+        return _parse_header(raw, name, self.files.num_bytes(name))
 
     def _pickle_header(self, name: str) -> dict[str, TensorInfo]:
         return {
@@ -285,8 +296,9 @@ class Checkpoint:
 
 
 def _parse_header(raw: bytes, file: str, file_bytes: int) -> dict[str, TensorInfo]:
-    header = _json_object(raw, f"{file}: its header", CheckpointError)
+    header = parse_object(raw, f"{file}: its header", CheckpointError, _AGAIN)
     header.pop("__metadata__", None)
+    _refuse_more(len(header), _MAX_TENSORS, f"{file} lists", "tensors")
     found: dict[str, TensorInfo] = {}
     spans = []
     for name, entry in header.items():
@@ -302,7 +314,8 @@ def _parse_header(raw: bytes, file: str, file_bytes: int) -> dict[str, TensorInf
             raise CheckpointError(
                 f"{file}: {name} is stored as {word!r:.60}; supported: {', '.join(DTYPES)}"
             )
-        sizes = all(map(_is_size, (*shape, begin, end)))
+        # So many sizes, each below 2**63, have a product in no time.
+        sizes = len(shape) <= _MAX_DIMENSIONS and all(map(_is_size, (*shape, begin, end)))
         if not sizes or math.prod(shape) * dtype.itemsize != end - begin:
             raise _damaged(
                 f"{file}: {name} of shape {list(shape)!r:.60} in {word} cannot lie from byte "
@@ -318,6 +331,12 @@ def _word(tensor: Tensor) -> str:
     return next(
         (word for word, dtype in DTYPES.items() if dtype == tensor.dtype), str(tensor.dtype)
     )
+
+
+def _refuse_more(count: int, most: int, who: str, what: str) -> None:
+    """Nothing released comes near these; a file that was made to cost time does."""
+    if count > most:
+        raise CheckpointError(f"{who} {count:,} {what} and {most:,} are read at most; {_AGAIN}")
 
 
 def _is_size(value: object) -> bool:
@@ -381,23 +400,4 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _damaged(what: str, error: type[PortkitError] = CheckpointError) -> PortkitError:
-    return error(f"{what}; fetch the checkpoint again")
-
-
-def _json_object(raw: bytes, what: str, error: type[PortkitError]) -> dict[str, Any]:
-    """Parse a JSON object, refusing a key that stands twice: one of the two would be lost."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise _damaged(f"{what} holds {twice} twice", error)
-        return found
-
-    try:
-        parsed = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as problem:
-        raise _damaged(f"{what} is not JSON ({problem})", error) from None
-    if not isinstance(parsed, dict):
-        raise _damaged(f"{what} must be a JSON object, not {type(parsed).__name__}", error)
-    return parsed
+    return error(f"{what}; {_AGAIN}")

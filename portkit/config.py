@@ -166,7 +166,7 @@ class ConfigReader:
         for word in value:
             if word not in allowed:
                 raise UnsupportedConfig(
-                    f"{self.where}: {key} holds {word!r}; supported: {', '.join(allowed)}"
+                    f"{self.where}: {key} holds {_short(word)}; supported: {', '.join(allowed)}"
                 )
         return tuple(value)
 
@@ -214,7 +214,11 @@ class ConfigReader:
         value = self._value(key)
         if value is None or value == []:
             return None
-        if not isinstance(value, list) or len(value) != num_layers or not {*value} <= {0, 1}:
+        if (
+            not isinstance(value, list)
+            or len(value) != num_layers
+            or any(one not in (0, 1) for one in value)
+        ):
             raise self._wrong(key, value, f"a list of {num_layers}, 0 or 1 for each layer")
         return tuple(map(bool, value))
 

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from portkit.architecture import Architecture, CausalLM
 from portkit.checkpoint import DTYPES, Checkpoint, Files, LocalFiles, reading
 from portkit.config import ConfigReader
-from portkit.errors import CheckpointError, HubError, Mismatch, PortkitError
+from portkit.errors import CheckpointError, HubError, InvalidConfig, Mismatch, PortkitError
 from portkit.hub import RemoteFiles
 from portkit.registry import architecture_of
 from portkit.weights import Drop, Plan, Tied
@@ -34,6 +34,8 @@ COMPUTE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_MOST_LAYERS_UNSEEN = 512
+"""The largest released model has 126."""
 _FLOATING = {"F64", "F32", "BF16", "F16"}
 
 
@@ -143,10 +145,27 @@ def draw(
     reader = ConfigReader(raw, ignore=ignore_config)
     config = architecture.read_config(reader)
     reader.finish()
+    _refuse_layers(config.num_hidden_layers, checkpoint)
     skeleton = skeleton_of(architecture, config, attention)
     return Blueprint(
         checkpoint, architecture, config, reader.ignored, skeleton, attention, reader.choices
     )
+
+
+def _refuse_layers(num_layers: int, checkpoint: Checkpoint) -> None:
+    """Each layer costs time to lay out, whether or not it is there: ask the header first."""
+    if not checkpoint.has_weights:
+        if num_layers > _MOST_LAYERS_UNSEEN:
+            raise InvalidConfig(
+                f"config.json: num_hidden_layers is {num_layers}, and without weights beside it no "
+                f"more than {_MOST_LAYERS_UNSEEN} are believed; take the file that was published "
+                "with the weights"
+            )
+    elif num_layers > len(checkpoint.tensors):
+        raise Mismatch(
+            f"the checkpoint does not fit its config: {num_layers} layers and only "
+            f"{len(checkpoint.tensors)} tensors; take config and weights of one release"
+        )
 
 
 def skeleton_of(architecture: Architecture, config: Any, attention: str) -> CausalLM:

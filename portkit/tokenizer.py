@@ -6,16 +6,14 @@ how to turn a growing list of ids into text piece by piece. Knows no chat format
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
-
-import tokenizers
 
 from portkit.checkpoint import Files
 from portkit.errors import TokenizerError
+from portkit.json_reading import read_object
+from portkit.tokenizer_backend import Backend
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -28,10 +26,7 @@ class Tokenizer:
     (`{"bos_token": "<bos>", …}`); `config` is the whole of that file, {} where there is none.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-        # A file may keep the truncation and padding of its training; a prompt is taken whole.
-        backend.no_truncation()
-        backend.no_padding()
+    def __init__(self, backend: Backend, config: Mapping[str, Any]) -> None:
         self._backend = backend
         self.config = config
         self.special_tokens = _special_tokens(config)
@@ -50,15 +45,7 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), or give a checkpoint "
                 "that comes with it"
             )
-        path = files.path("tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for whatever is wrong
-            raise TokenizerError(
-                f"tokenizer.json of {files.origin} cannot be read: {_one_line(error)}; "
-                "fetch it again, or update the tokenizers library"
-            ) from error
-        return cls(backend, _read_config(files))
+        return cls(Backend(files.path("tokenizer.json"), files.origin), _read_config(files))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of `text`; special tokens written out in it become their own ids.
@@ -69,37 +56,32 @@ class Tokenizer:
         Raises TokenizerError for text that is no Unicode (a lone surrogate).
         """
         try:
-            return list(self._backend.encode(text, add_special_tokens=special).ids)
-        except (UnicodeEncodeError, TypeError) as error:
+            text.encode()
+        except UnicodeEncodeError as error:
             raise TokenizerError(
                 "the text is not valid Unicode, it holds half a surrogate pair or bytes that are "
                 "not UTF-8: give it in UTF-8"
             ) from error
+        return self._backend.encode(text, special)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text without anything added; the library shares them out to its threads.
 
         Raises TokenizerError where one cannot be encoded.
         """
-        try:
-            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # the library raises plain Exception for whatever is wrong
-            raise TokenizerError(
-                f"the tokenizer cannot encode the text: {_one_line(error)}; take another tokenizer"
-            ) from error
-        return [one.ids for one in encoded]
+        return self._backend.encode_many(texts)
 
     @property
     def vocab_size(self) -> int:
         """One more than the highest id."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        return self._backend.vocab_size
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out, bytes that are no UTF-8 as U+FFFD.
 
         Ids beyond the vocabulary (a padded embedding has rows for them) have no text.
         """
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        return self._backend.decode(ids)
 
     def stream(self, after: Sequence[int] = ()) -> Detokenizer:
         """A decoder for ids that arrive one by one behind the ids of `after`, a prompt's."""
@@ -107,16 +89,14 @@ class Tokenizer:
 
     def has_text(self, token_id: int) -> bool:
         """Whether an id can add to a text: neither special nor beyond the vocabulary."""
-        return token_id not in self._special_ids and self._backend.id_to_token(token_id) is not None
+        return (
+            token_id not in self._backend.special_ids
+            and self._backend.id_to_token(token_id) is not None
+        )
 
     def is_byte(self, token_id: int) -> bool:
         """Whether an id stands for one raw byte (`<0xE2>`), of which several make a character."""
         return _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "") is not None
-
-    @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        added = self._backend.get_added_tokens_decoder()
-        return frozenset(token_id for token_id, token in added.items() if token.special)
 
     def _id_of(self, role: str) -> int | None:
         text = self.special_tokens.get(role)
@@ -168,18 +148,9 @@ class Detokenizer:
 def _read_config(files: Files) -> dict[str, Any]:
     if not files.has("tokenizer_config.json"):
         return {}
-    try:
-        config = json.loads(files.path("tokenizer_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(
-            f"tokenizer_config.json of {files.origin} is not JSON: {_one_line(error)}; "
-            "fetch it again or repair it"
-        ) from error
-    if not isinstance(config, dict):
-        raise TokenizerError(
-            f"tokenizer_config.json of {files.origin} is not a JSON object: fetch it again"
-        )
-    return config
+    name = "tokenizer_config.json"
+    what = f"{name} of {files.origin}"
+    return read_object(files.path(name), what, TokenizerError, "fetch it again or repair it")
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -192,7 +163,3 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if role.endswith("_token")
     }
     return {role: text for role, text in texts.items() if isinstance(text, str)}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -23,6 +23,7 @@ Shape = tuple[int, ...]
 
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)(?:=([^{}]+))?\}|\{\*\}$")
 _NUMBER = "0|[1-9][0-9]*"
+_MOST_MISSING = 100_000
 _LISTED = 4  # how many names an error spells out
 
 
@@ -249,6 +250,8 @@ class WeightMap:
             held = self._held_by_tie(name, canonical, on_disk, ties)
             absent = [source for source in held if source not in on_disk]
             missing += absent
+            if len(missing) > _MOST_MISSING:  # of layers times experts that only a config claims
+                _refuse(missing, [], [])
             if not absent:
                 sources = tuple(on_disk[source] for source in held)
                 shapes = rule.source_shapes(shape, [header[source] for source in sources])

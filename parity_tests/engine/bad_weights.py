@@ -69,7 +69,7 @@ FILES = [
     Case(
         "header in UTF-16",
         header_bytes(lambda raw: raw.decode().encode("utf-16")),
-        (WEIGHTS, "cannot be read", AGAIN),
+        (WEIGHTS, "its header is not UTF-8 text", AGAIN),
     ),
     Case("entry is no object", header_bytes(b'{"a": 7}'), ("entry for a", "7", AGAIN)),
     Case("entry lacks the shape", header_bytes(b'{"a": {"dtype": "F32"}}'), ("for a",)),

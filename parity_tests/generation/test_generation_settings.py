@@ -177,7 +177,7 @@ def test_what_would_change_the_text_is_refused_by_name(generation, words, tmp_pa
         ({"eos_token_id": [1, None]}, "eos_token_id must be a token id or a list of them"),
         ({"stop_strings": 3}, "stop_strings must be a string or a list of strings"),
         ({"stop_strings": ["a", ""]}, "a stop string must not be empty"),
-        ([1], "generation_config.json of .* is not a JSON object"),
+        ([1], "generation_config.json of .* must be a JSON object"),
     ],
 )
 def test_values_out_of_range_are_one_line(generation, words, tmp_path):

@@ -203,7 +203,7 @@ def test_special_and_unknown_ids_have_no_text(tokenizer):
             "tokenizer.json of .* cannot be read",
         ),
         ("tokenizer_config.json", "{", "tokenizer_config.json of .* is not JSON"),
-        ("tokenizer_config.json", "[1]", "tokenizer_config.json of .* is not a JSON object"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json of .* must be a JSON object"),
     ],
 )
 def test_a_bad_file_is_one_line_with_the_way_out(name, content, words, tmp_path):

@@ -25,6 +25,7 @@ from portkit.bench.agreement import Agreement, compare_tokens, judge_paths, loss
 from portkit.bench.engines import EXACT, FAST, LLAMA_CPP
 from portkit.errors import BenchError
 from portkit.gguf import write_gguf
+from portkit.json_reading import parse_object
 from portkit.loading import load
 from portkit.parity.decoding.approximate import Loss
 
@@ -144,7 +145,8 @@ class Worker:
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         line = self._process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        what = f"what {self._engine} answers"
+        answer = parse_object(line, what, BenchError) if line else {"error": self._last_words()}
         if "error" in answer:
             raise BenchError(f"{self._engine} cannot be measured: {answer['error']}")
         return answer

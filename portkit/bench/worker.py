@@ -14,7 +14,8 @@ import sys
 import time
 from typing import Any, TextIO
 
-from portkit.errors import PortkitError
+from portkit.errors import BenchError, PortkitError
+from portkit.json_reading import parse_object
 
 
 def main(options: dict[str, Any]) -> None:
@@ -36,7 +37,7 @@ def _serve(options: dict[str, Any], answers: TextIO) -> None:
     engine = _engine(options)
     _answer(answers, {"load_s": time.perf_counter() - started})
     for line in sys.stdin:
-        request = json.loads(line)
+        request = parse_object(line, "a request", BenchError)
         run = engine.run(request["prompts"], request["num_tokens"])
         answer = {
             "prefill_s": run.prefill_s,
@@ -67,4 +68,4 @@ def _answer(answers: TextIO, fields: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(parse_object(sys.argv[1], "the options", BenchError))

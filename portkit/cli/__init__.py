@@ -9,6 +9,7 @@ Exit codes: 0 done or the gate holds, 1 the answer is no, 2 bad input or usage, 
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -97,15 +98,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = _say_error(str(error), error.exit_code)
     except (KeyboardInterrupt, Abort):
         code = _say_error("interrupted", INTERRUPTED)
-    except (BrokenPipeError, SystemExit):
-        # Whoever read us has gone, as `head` does (typer exits by itself then, with 1): silence
-        # stdout so that closing it cannot fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except OSError as error:  # a full disk behind stdout, a folder that may not be read
-        code = _say_error(str(error), 2)
-    except Exception:
-        code = _say_error(_keep_traceback(), INTERNAL_ERROR)
+    except BaseException as error:  # a library in another language may raise beside Exception
+        code = _end_badly(error)
     sys.exit(code)
 
 
@@ -118,6 +112,19 @@ def _terminate_as_ctrl_c_does() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def _end_badly(error: BaseException) -> int:
+    """The exit code of what no verb expects: the system's refusals, and our own faults."""
+    # A reader that has gone, as `head` does, makes typer exit by itself, with 1.
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(cause, OSError) and cause.errno == errno.EPIPE:
+        # Silence stdout so that closing it cannot fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, OSError):  # a full disk behind stdout, a folder that may not be read
+        return _say_error(str(error), 2)
+    return _say_error(_keep_traceback(error), INTERNAL_ERROR)
+
+
 def _say_error(message: str, code: int) -> int:
     # Names out of foreign files may hold what a terminal would obey.
     shown = (c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
@@ -125,13 +132,18 @@ def _say_error(message: str, code: int) -> int:
     return code
 
 
-def _keep_traceback() -> str:
-    error = sys.exception()
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="portkit-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(f"{sys.argv}\n{traceback.format_exc()}")
-    return (
-        f"this is a fault of portkit itself ({type(error).__name__}: {error}); "
-        f"the traceback is in {file.name}"
-    )
+def _keep_traceback(error: BaseException) -> str:
+    said = f"this is a fault of portkit itself ({type(error).__name__}: {error!s:.300}); "
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w",
+            prefix="portkit-",
+            suffix=".txt",
+            delete=False,
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as file:
+            file.write(f"{sys.argv}\n{''.join(traceback.format_exception(error))}")
+    except OSError as problem:
+        return f"{said}the traceback could not be kept ({problem.strerror})"
+    return f"{said}the traceback is in {file.name}"

@@ -282,7 +282,21 @@ def _read_prompts(prompts: Sequence[str]) -> list[str]:
     """The prompts, `-` replaced by standard input without the newline that ends its last line."""
     if prompts.count("-") > 1:
         raise GenerationError("-p - reads standard input to its end: give it once")
-    return [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in prompts]
+    return [_standard_input() if text == "-" else text for text in prompts]
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise GenerationError("-p - reads standard input, which is closed: give the text after -p")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise GenerationError(
+            f"standard input is not {error.encoding} text ({error.reason}): convert it, say with "
+            "iconv"
+        ) from None
+    except OSError as error:
+        raise GenerationError(f"standard input cannot be read: {error.strerror}") from None
 
 
 def _whether_to_sample(sample: bool | None, drawing: Mapping[str, float | None]) -> bool | None:

@@ -5,7 +5,6 @@ Knows options and streams; what they mean is in `portkit.parity`.
 
 from __future__ import annotations
 
-import json as json_
 import re
 import shlex
 import sys
@@ -19,6 +18,7 @@ from portkit.cli import options, parity_decode
 from portkit.cli.output import coloured, plural, print_json, stdout_kept
 from portkit.envelope import envelope
 from portkit.errors import ProbeError, SiteError
+from portkit.json_reading import parse, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -328,15 +328,11 @@ def probe_choice(
 
 def _read_tokens(file: Path) -> list[int] | dict[str, object]:
     """Token ids, or a saved probe: by itself or within the result of a comparison."""
+    text = read_text(file, str(file), ProbeError)
+    listed = text if text.lstrip()[:1] in ("[", "{") else f"[{','.join(text.split())}]"
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProbeError(f"{file} cannot be read: {error}") from error
-    try:
-        read = json_.loads(
-            text if text.lstrip()[:1] in ("[", "{") else f"[{','.join(text.split())}]"
-        )
-    except (ValueError, RecursionError):
+        read = parse(listed, str(file), ProbeError)
+    except ProbeError:
         read = None
     if isinstance(read, dict):
         inner = read.get("probe", read)
@@ -352,10 +348,7 @@ def _read_tokens(file: Path) -> list[int] | dict[str, object]:
 def _read_pairs(file: Path, port: str | None, reference: str | None) -> str:
     if port is None and reference is None:
         raise typer.BadParameter("--sites goes with --port or --reference")
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SiteError(f"the site pairs in {file} cannot be read: {error}") from error
+    return read_text(file, f"{file} with its site pairs", SiteError)
 
 
 def tell(line: str) -> None:

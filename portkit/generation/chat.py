@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from portkit.checkpoint import Files
 from portkit.errors import TokenizerError
+from portkit.json_reading import read_text
 from portkit.tokenizer import Tokenizer
 
 _FILE = "chat_template.jinja"
@@ -45,7 +46,7 @@ class ChatTemplate:
         """
         stored: Any = tokenizer.config.get("chat_template")
         if files.has(_FILE):
-            stored = files.path(_FILE).read_text(encoding="utf-8")
+            stored = read_text(files.path(_FILE), f"{_FILE} of {files.origin}", TokenizerError)
         if isinstance(stored, str):
             return cls({"default": stored}, tokenizer.special_tokens)
         if not isinstance(stored, list):

@@ -14,6 +14,7 @@ from typing import Any
 
 from portkit.checkpoint import Files
 from portkit.errors import GenerationError
+from portkit.json_reading import read_object
 
 _FILE = "generation_config.json"
 
@@ -105,6 +106,9 @@ _KEYS = {
     "max_new_tokens": ("max_new_tokens", "max_length"),
 }
 """Which keys a field replaces that has another name or more to say."""
+
+_MOST = 1e300
+"""A number of more digits is no float."""
 
 Say = Callable[[str], None]
 
@@ -225,7 +229,7 @@ def _fields(raw: Mapping[str, Any], do_sample: bool | None, say: Say) -> dict[st
                 known = (
                     "is not supported" if key in _NEUTRAL else "is a key that portkit does not know"
                 )
-                raise GenerationError(f"{key} = {json.dumps(value)} {known}")
+                raise GenerationError(f"{key} = {json.dumps(value):.60} {known}")
         except GenerationError as error:
             raise GenerationError(f"{error}; --ignore-config {key} goes on without it") from error
     return fields
@@ -256,15 +260,8 @@ def _as_meant(raw: Mapping[str, Any], say: Say) -> dict[str, Any]:
 
 
 def _read_object(files: Files, name: str) -> dict[str, Any]:
-    try:
-        raw = json.loads(files.path(name).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GenerationError(
-            f"{name} of {files.origin} is not JSON ({error}): fetch it again or repair it"
-        ) from error
-    if not isinstance(raw, dict):
-        raise GenerationError(f"{name} of {files.origin} is not a JSON object: fetch it again")
-    return raw
+    what = f"{name} of {files.origin}"
+    return read_object(files.path(name), what, GenerationError, "fetch it again or repair it")
 
 
 def _eos_of_config(files: Files, say: Say) -> dict[str, Any]:
@@ -284,16 +281,16 @@ def _eos_of_config(files: Files, say: Say) -> dict[str, Any]:
 
 def _number(key: str, value: Any) -> dict[str, float]:
     _require(
-        isinstance(value, int | float) and not isinstance(value, bool),
-        f"{key} must be a number, not {json.dumps(value)}",
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST,
+        f"{key} must be a number, not {json.dumps(value):.60}",
     )
     return {key: float(value)}
 
 
 def _count(key: str, value: Any) -> dict[str, int]:
     _require(
-        isinstance(value, int) and not isinstance(value, bool),
-        f"{key} must be a whole number, not {json.dumps(value)}",
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63,
+        f"{key} must be a whole number, not {json.dumps(value):.60}",
     )
     return {key: int(value)}
 
@@ -313,10 +310,11 @@ def _token_ids(key: str, value: Any) -> dict[str, tuple[int, ...]]:
         all(
             isinstance(token_id, int | float)
             and not isinstance(token_id, bool)
+            and abs(token_id) < 1 << 63
             and token_id == token_id // 1
             for token_id in ids
         ),
-        f"{key} must be a token id or a list of them, not {json.dumps(value)}",
+        f"{key} must be a token id or a list of them, not {json.dumps(value):.60}",
     )
     return {"eos_token_ids": tuple(map(int, ids))}
 

@@ -10,7 +10,6 @@ file's tables tell. Does not compute.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import struct
@@ -28,6 +27,7 @@ from portkit.importers.llama2c_rotary import LLAMA2C_BASE, choose_base
 from portkit.importers.llama2c_tokenizer import read_llama2c_tokenizer
 from portkit.importers.sentencepiece import read_sentencepiece
 from portkit.importers.vocabulary import BOS_ID, EOS_ID, UNK_ID, Vocabulary, to_tokenizer
+from portkit.json_reading import parse_object
 
 _MAGIC = 0x616B3432  # "ak42"
 _HEADER_BYTES = 256  # of v1 and q8_0
@@ -383,5 +383,6 @@ def _tokenizer_files(vocabulary: Vocabulary, header: Header) -> dict[str, dict[s
         "clean_up_tokenization_spaces": False,
         "model_max_length": header.max_position_embeddings,
     }
-    backend = json.loads(to_tokenizer(vocabulary).to_str())
+    made = to_tokenizer(vocabulary).to_str()
+    backend = parse_object(made, "the tokenizer", ImportFormatError)
     return {"tokenizer.json": backend, "tokenizer_config.json": settings}

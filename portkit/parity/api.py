@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from portkit.envelope import envelope
-from portkit.errors import PortError, ProbeError
+from portkit.errors import PortError, ProbeError, SiteError
+from portkit.json_reading import read_text
 from portkit.parity.judging.judge import Judgement, Verdict
 from portkit.parity.probes import probing
 from portkit.parity.probes.probe import Probe
@@ -182,7 +183,7 @@ def _choice(probe: str | Sequence[int] | Probe) -> Callable[[Blueprint], Probe]:
 
 def _table(sites: str | Path | None) -> str | None:
     if isinstance(sites, Path):
-        return sites.read_text(encoding="utf-8")
+        return read_text(sites, f"{sites} with its site pairs", SiteError)
     return sites
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from portkit.errors import ReferenceUnavailable
+from portkit.json_reading import read_object
 from portkit.nn.moe import Routing
 from portkit.parity.probes.probe import Pass
 from portkit.parity.sides.roles import Visit, visit_tables
@@ -334,7 +335,7 @@ def _accepted(folder: Path, notes: list[str]) -> Iterator[Path]:
     try:
         auto.from_pretrained(folder, local_files_only=True)
     except Exception:  # again of many kinds
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = read_object(folder / "config.json", "config.json", ReferenceUnavailable)
         changed = _retyped(raw)
         if not changed:
             raise

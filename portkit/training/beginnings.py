@@ -6,7 +6,6 @@ Knows no family: the port and the names of its tensors are the registry's and th
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from portkit.architecture import Architecture, CausalLM
 from portkit.checkpoint import CONFIG
 from portkit.config import ConfigReader
 from portkit.errors import InvalidConfig, TrainingError
+from portkit.json_reading import read_object
 from portkit.registry import architecture_of, variants
 from portkit.tokenizer import Tokenizer
 
@@ -40,13 +40,7 @@ def read_variant(name: str) -> dict[str, Any]:
                 f"{', '.join(shipped)}"
             )
         path = shipped[name]
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidConfig(f"{path} is not JSON ({error}): repair it") from error
-    if not isinstance(found, dict):
-        raise InvalidConfig(f"{path} is not a JSON object: give a model's config.json")
-    return found
+    return read_object(path, str(path), InvalidConfig, "repair it, or give a model's config.json")
 
 
 def fit_config(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from portkit.errors import TrainingError
+from portkit.json_reading import parse_object, read_object
 
 RUN, LINES = "run.json", "run.jsonl"
 
@@ -38,12 +39,18 @@ class Journal:
 def read_lines(folder: Path) -> list[dict[str, Any]]:
     """All records of a run so far; a last line that was cut off by a kill is left out."""
     path = folder / LINES
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    records: list[dict[str, Any]] = []
+    if not path.is_file():
+        return records
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                record = parse_object(line, str(path), TrainingError)
+            except TrainingError:
+                break
+            if type(record.get("step")) is not int:
+                break
+            records.append(record)
     return records
 
 
@@ -52,11 +59,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     path = folder / RUN
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TrainingError(f"{path} is not JSON ({error}): bring it back from a copy") from error
-    if not isinstance(found, dict) or found.get("format") != 1:
+    found = read_object(path, str(path), TrainingError, "bring it back from a copy")
+    if found.get("format") != 1:
         raise TrainingError(f"{path} is not of a run that this portkit can go on with")
     return found
 

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from portkit.errors import TrainingError
+from portkit.json_reading import read_object
 from portkit.training.ranks import Ranks
 from portkit.training.stored import load_tensors, misfit
 
@@ -220,13 +221,13 @@ def _damage(folder: Path, step: int, tensors: dict[str, Any]) -> str | None:
 def _damages(folder: Path, step: int, tensors: dict[str, Any]) -> Iterator[str]:
     """What is wrong with it. What follows the first of these has not been looked at."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(folder / MANIFEST, MANIFEST, TrainingError)
         if manifest["format"] != _FORMAT:
             yield f"it is of format {manifest['format']!r:.40}, this portkit reads {_FORMAT}"
         if manifest["step"] != step:
             yield f"{MANIFEST} is of step {manifest['step']!r:.40}"
         listed = {**manifest["files"]}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (TrainingError, LookupError, TypeError) as error:
         yield f"{MANIFEST} cannot be read ({type(error).__name__})"
         return
     # Names that lead out of the folder are none of these.

@@ -24,10 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from portkit.errors import DataError
+from portkit.json_reading import parse_object, read_object
 
 _MAGIC = b"pk-token"
 _HEADER_BYTES = 4096
 _FORMAT = 1
+_DELETE = "delete it, and it is made again"
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 Offsets = npt.NDArray[np.int64]
 
@@ -54,16 +56,15 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         header = _read_header(path)
-        self.origin = Origin(**header["origin"])
-        self.num_tokens: int = header["num_tokens"]
-        self.num_documents: int = header["num_documents"]
+        self.origin = _origin(path, header.get("origin"))
+        self.num_tokens = _count(header, "num_tokens", path)
+        self.num_documents = _count(header, "num_documents", path)
         dtype, count = self.origin.dtype, self.num_documents + 1
         ids_bytes = self.num_tokens * dtype.itemsize
         expected = _HEADER_BYTES + ids_bytes + 2 * 8 * count
         if path.stat().st_size != expected:
             raise DataError(
-                f"{path} has {path.stat().st_size:,} bytes and should have {expected:,}: "
-                "delete it, and it is made again"
+                f"{path} has {path.stat().st_size:,} bytes and should have {expected:,}: {_DELETE}"
             )
         self.ids: Ids = np.memmap(path, dtype, "r", _HEADER_BYTES, (self.num_tokens,))
         tables = np.fromfile(path, "<i8", 2 * count, offset=_HEADER_BYTES + ids_bytes)
@@ -146,10 +147,14 @@ class TokenWriter:
         """Tokens, documents and position that an earlier writer of this origin left, else zeros."""
         if not self._journal_path.is_file():
             return 0, 0, 0
-        journal = json.loads(self._journal_path.read_text(encoding="utf-8"))
-        if journal["origin"] != asdict(self._origin):
+        journal = read_object(self._journal_path, str(self._journal_path), DataError, _DELETE)
+        if journal.get("origin") != asdict(self._origin):
             return 0, 0, 0
-        return journal["num_tokens"], journal["num_documents"], journal["source_position"]
+        return (
+            _count(journal, "num_tokens", self._journal_path),
+            _count(journal, "num_documents", self._journal_path),
+            _count(journal, "source_position", self._journal_path),
+        )
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -174,11 +179,31 @@ def _read_header(path: Path) -> dict[str, Any]:
         start = file.read(_HEADER_BYTES)
     length = int.from_bytes(start[8:16], "little")
     if start[:8] != _MAGIC or len(start) < _HEADER_BYTES or length > _HEADER_BYTES - 16:
-        raise DataError(f"{path} is no token file, or a damaged one: delete it, it is made again")
-    header: dict[str, Any] = json.loads(start[16 : 16 + length])
-    if header["format"] != _FORMAT:
+        raise DataError(f"{path} is no token file, or a damaged one: {_DELETE}")
+    header = parse_object(start[16 : 16 + length], f"{path}: its header", DataError, _DELETE)
+    if header.get("format") != _FORMAT:
         raise DataError(
-            f"{path} is a token file of format {header['format']}, this portkit reads {_FORMAT}: "
-            "delete it, and it is made again"
+            f"{path} is a token file of format {header.get('format')!r:.40}, this portkit reads "
+            f"{_FORMAT}: {_DELETE}"
         )
     return header
+
+
+def _count(held: dict[str, Any], key: str, path: Path) -> int:
+    """A number of things that a file says it has."""
+    value = held.get(key)
+    if type(value) is not int or not 0 <= value < 1 << 48:
+        raise DataError(f"{path}: {key} is {value!r:.40}, which counts nothing: {_DELETE}")
+    return value
+
+
+def _origin(path: Path, given: Any) -> Origin:
+    words = ("tokenizer_sha256", "source_sha256", "part")
+    if (
+        not isinstance(given, dict)
+        or given.keys() != {*words, "vocab_size"}
+        or not all(isinstance(given[word], str) for word in words)
+    ):
+        raise DataError(f"{path}: its header does not say what it was made from: {_DELETE}")
+    _count(given, "vocab_size", path)
+    return Origin(**given)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -85,11 +86,19 @@ class Probe:
 
     def past(self, one: Pass) -> int:
         """How many tokens stand before a pass, in the cache that it continues."""
-        past, named = 0, {each.name: each for each in self.passes}
-        while one.continues is not None:
-            one = named[one.continues]
-            past += one.num_tokens
-        return past
+        return 0 if one.continues is None else self._ends.get(one.continues, 0)
+
+    @cached_property
+    def _ends(self) -> dict[str, int]:
+        """By name, how many tokens a cache holds behind each pass.
+
+        A selection of a probe's passes may lack the one that another continues.
+        """
+        ends: dict[str, int] = {}
+        for one in self.passes:
+            before = 0 if one.continues is None else ends.get(one.continues, 0)
+            ends[one.name] = before + one.num_tokens
+        return ends
 
     @property
     def longest(self) -> int:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from portkit.errors import ProbeError, TraceError
+from portkit.json_reading import parse_object
 from portkit.parity.probes.probe import Pass, Probe, from_json
 
 FORMAT = 1
@@ -203,12 +204,8 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
         raise TraceError(
             f"{path} is no trace: its metadata has no {KEY}; docs/traces.md says how one is written"
         )
-    try:
-        described = json.loads(metadata[KEY])
-    except (ValueError, RecursionError) as error:
-        raise _wrong(path, f"{KEY} in its metadata is not JSON ({error})") from None
-    if not isinstance(described, dict):
-        raise _wrong(path, f"{KEY} in its metadata is no JSON object")
+    what, remedy = f"{path}: {KEY} in its metadata", "record it again, or mend what wrote it"
+    described = parse_object(metadata[KEY], what, TraceError, remedy)
     if described.get("format") != FORMAT:
         raise TraceError(
             f"{path} is a trace of format {described.get('format')!r:.40}, this portkit reads "
