@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 _LENGTH_BYTES = 8
 _SECONDS = 5
@@ -134,7 +134,7 @@ def _framed(raw: bytes) -> bytes:
     return len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
 
 
-def _read(stream: BinaryIO) -> bytes | None:
+def _read(stream: IO[bytes]) -> bytes | None:
     """The next message; None where the other side has gone."""
     length = stream.read(_LENGTH_BYTES)
     if len(length) < _LENGTH_BYTES:
@@ -181,9 +181,9 @@ def limit(num_bytes: int) -> None:
     memory = _MEMORY_BYTES + num_bytes * _BYTES_PER_BYTE
     for which, wanted in ((resource.RLIMIT_CPU, int(seconds) + 1), (resource.RLIMIT_AS, memory)):
         soft, hard = resource.getrlimit(which)
-        if which == resource.RLIMIT_AS and soft != resource.RLIM_INFINITY:
-            wanted = max(wanted, soft)
-        if hard != resource.RLIM_INFINITY:
-            wanted = min(wanted, hard)
+        # What an earlier request holds it goes on holding; its time is its own.
+        held = soft if which == resource.RLIMIT_AS and soft != resource.RLIM_INFINITY else 0
+        most = max(wanted, held)
         with suppress(ValueError, OSError):  # macOS has no limit of memory
-            resource.setrlimit(which, (wanted, hard))
+            allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(which, (allowed, hard))

@@ -116,7 +116,5 @@ _ANSWERS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "decode": lambda one, asked: one.decode(asked["ids"], skip_special_tokens=True),
     "token": lambda one, asked: one.id_to_token(asked["id"]),
     "id": lambda one, asked: one.token_to_id(asked["token"]),
-    "vocab_size": lambda one, _: (
-        max(one.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    ),
+    "vocab_size": lambda one, _: 1 + max(one.get_vocab().values(), default=-1),
 }
