@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +21,14 @@ from parity_tests.decoding.test_equivalence import (
     prompts,
     true_logits,
 )
-from portkit.decoding.compiler import Recipe, recipe
+from portkit.decoding.compiler import Recipe, from_json, recipe
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages, default_folder
 from portkit.decoding.session import Session
 from portkit.loading import load
 from portkit.readable import ReadableBatch
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def some_recipe() -> Recipe:
@@ -90,8 +97,135 @@ def test_a_folder_that_cannot_be_written_is_told_of(tmp_path: Path, said: list[s
 def test_a_damaged_package_is_told_of(tmp_path: Path, said: list[str]) -> None:
     packages = Packages(tmp_path, said.append)
     packages.path(some_recipe()).write_bytes(b"no package")
+    packages.path(some_recipe()).chmod(0o600)
     assert packages.wait([some_recipe()]) is None
     assert "cannot be loaded" in said[0]
+
+
+def planted(kind: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Have a file or folder be another's in some way; returns what is said of it."""
+    elsewhere = path.with_name("elsewhere")
+    match kind:
+        case "owner":
+            monkeypatch.setattr("os.geteuid", lambda: 4_000_000)
+            return f"belongs to another user (id {path.stat().st_uid})"
+        case "group":
+            path.chmod(path.stat().st_mode | 0o020)
+        case "world":
+            path.chmod(path.stat().st_mode | 0o002)
+        case "link":
+            path.rename(elsewhere)
+            path.symlink_to(elsewhere)
+            return "is a link"
+        case "hard link":
+            elsewhere.hardlink_to(path)
+            return "has a second name elsewhere"
+    return "can be written by other users (mode "
+
+
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        *(("folder", kind) for kind in ("owner", "group", "world", "link")),
+        *(("package", kind) for kind in ("group", "world", "link", "hard link")),
+    ],
+)
+def test_what_another_can_have_written_is_not_loaded(
+    what: str, kind: str, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "packages"
+    folder.mkdir(mode=0o700)
+    packages = Packages(folder, said.append)
+    package = packages.path(some_recipe())
+    package.write_bytes(b"machine code")
+    package.chmod(0o600)
+    loaded: list[str] = []
+
+    class Loader:
+        def __init__(self, path: str, *_: object) -> None:
+            loaded.append(path)
+
+        run = print
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", Loader)
+    assert Packages(folder, said.append).find([some_recipe()]) == [print]
+    assert loaded == [str(package)], "what is ours alone is loaded"
+    loaded.clear()
+    path = folder if what == "folder" else package
+    why = planted(kind, path, monkeypatch)
+    assert packages.wait([some_recipe()]) is None
+    assert loaded == []
+    (line,) = said
+    assert line.startswith(f"decoding without compiled regions: {path} {why}")
+    assert line.endswith("remove it, or name a folder of your own with PORTKIT_CACHE")
+
+
+@pytest.mark.parametrize("kind", ["owner", "group", "world", "link"])
+@pytest.mark.parametrize("what", ["packages", "packages/inductor"])
+def test_nothing_is_compiled_where_another_can_write(
+    what: str, kind: str, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / what).mkdir(mode=0o700, parents=True)
+    (tmp_path / "packages").chmod(0o700)
+    why = planted(kind, tmp_path / what, monkeypatch)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("subprocess.Popen", None)
+    assert Packages(tmp_path / "packages", said.append).wait([some_recipe()]) is None
+    assert why in said[0]
+    assert len(said) == 1
+    assert [one for one in sorted(tmp_path.rglob("*")) if one.is_file()] == []
+    assert set(before) <= set(tmp_path.rglob("*"))
+
+
+def test_what_a_log_leads_to_is_not_written(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    folder = tmp_path / "packages"
+    folder.mkdir(mode=0o700)
+    (folder / "compiler.log").symlink_to(precious)
+    monkeypatch.setattr(sys, "executable", "/bin/echo")
+    assert Packages(folder, said.append).find([some_recipe()]) is None
+    assert precious.read_text() == "mine"
+    assert not (folder / "compiler.log").is_symlink()
+
+
+def test_recipes_travel_as_plain_values_and_past_the_folder(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    start = subprocess.Popen
+
+    def look(*_: Any, **options: Any) -> Any:
+        given.append(os.pread(options["stdin"].fileno(), 1 << 20, 0).decode())
+        return start(["/bin/false"], stdin=options["stdin"])
+
+    monkeypatch.setattr("subprocess.Popen", look)
+    tmp_path.chmod(0o700)
+    packages = Packages(tmp_path, said.append)
+    assert packages.wait([some_recipe()]) is None
+    ((saved, path),) = json.loads(given[0])
+    assert from_json(saved) == some_recipe()
+    assert path == str(packages.path(some_recipe()))
+    assert {one.name for one in tmp_path.iterdir()} == {"compiler.log", "inductor"}
+
+
+def test_the_compiler_imports_nothing_from_where_its_user_stands(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody decodes from within a folder that was downloaded, which holds a `torch.py`."""
+    downloaded = tmp_path / "downloaded"
+    downloaded.mkdir()
+    (downloaded / "torch.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.chdir(downloaded)
+    # The tests' own path may have a place for where one stands.
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [*paths, str(ROOT)])))
+    failing = replace(some_recipe(), code="raise ValueError('compiled, it would take long')")
+    assert Packages(tmp_path / "packages", said.append).wait([failing]) is None
+    assert not (tmp_path / "ran").exists()
+    assert "it would take long" in (tmp_path / "packages" / "compiler.log").read_text()
 
 
 def test_what_a_package_depends_on_is_in_its_name(tmp_path: Path) -> None:
@@ -102,7 +236,6 @@ def test_what_a_package_depends_on_is_in_its_name(tmp_path: Path) -> None:
         changed = Recipe(
             graph_recipe.code,
             graph_recipe.names,
-            graph_recipe.modules,
             ((size,),),
             graph_recipe.dtypes,
             graph_recipe.growing,
@@ -154,6 +287,7 @@ def test_compiled_regions_are_within_the_floor(
     assert bool((kept[:, 1:].sum(-1) >= 5).all())
     assert not bool(kept[:, 1:].all())
     assert packages.compile_s > 1
+    assert {one.stat().st_mode & 0o077 for one in tmp_path.glob("*.pt2")} == {0}
     made = Packages(tmp_path, said.append)
     again = FastModel(model, made).start(given, room)
     with torch.inference_mode():

@@ -126,7 +126,7 @@ class Worker:
         }
         self._engine = engine
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "portkit.bench.worker", json.dumps(options)],
+            [sys.executable, "-P", "-m", "portkit.bench.worker", json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,23 +1,25 @@
 """Compiling regions, in a process of its own: whoever decodes waits for no compiler.
 
-    python -m portkit.decoding.compiler RECIPES NICE
+    python -P -m portkit.decoding.compiler NICE < RECIPES
 
-RECIPES is a pickled list of recipes and where their packages go, NICE how much nicer than its
-parent the process is. A package holds machine code that torch runs without its compiler; nothing
-else in the fast path imports that. Knows torch's export and inductor.
+RECIPES is a JSON list of recipes and where their packages go, NICE how much nicer than its parent
+the process is. A package holds machine code that torch runs without its compiler; nothing else in
+the fast path imports that. What is written on the way is its user's alone. Knows torch's export and
+inductor.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -35,9 +37,8 @@ class Recipe:
     """
 
     code: str
-    names: dict[str, Any]
-    modules: dict[str, str]
-    """Names in the code that are modules, which cannot be pickled."""
+    names: dict[str, str]
+    """What stands for something in the code, and what: a `module`, or a `module:attribute`."""
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     growing: tuple[str | None, ...]
@@ -54,11 +55,9 @@ def recipe(
         if node.op == "call_function":
             node.target = IN_PLACE_OF.get(node.target, node.target)
     code = copy.python_code("self")
-    # Unpickled in the process that compiles, where nothing but names can arrive.
     return Recipe(
         code.src,
-        {k: one for k, one in code.globals.items() if not isinstance(one, ModuleType)},
-        {k: one.__name__ for k, one in code.globals.items() if isinstance(one, ModuleType)},
+        {name: _whence(one) for name, one in code.globals.items()},
         tuple(
             tuple(one.shape) if name is None else (0, *one.shape[1:])
             for one, name in zip(arguments, growing, strict=True)
@@ -69,10 +68,45 @@ def recipe(
     )
 
 
+def as_json(one: Recipe) -> dict[str, Any]:
+    """A recipe in plain values."""
+    return {**vars(one), "dtypes": [str(dtype).removeprefix("torch.") for dtype in one.dtypes]}
+
+
+def from_json(saved: dict[str, Any]) -> Recipe:
+    """The recipe that `as_json` gave."""
+    return Recipe(
+        saved["code"],
+        saved["names"],
+        tuple(map(tuple, saved["shapes"])),
+        tuple(getattr(torch, word) for word in saved["dtypes"]),
+        tuple(saved["growing"]),
+        saved["threads"],
+    )
+
+
+def _whence(value: Any) -> str:
+    if isinstance(value, ModuleType):
+        path = value.__name__
+    elif isinstance(value, float):  # inf and nan
+        path = f"math:{value}"
+    else:
+        module = "types" if value is NoneType else value.__module__
+        path = f"{module}:{value.__qualname__}"
+    assert _found(path) is value, f"{value!r} is not what {path} leads to"
+    return path
+
+
+def _found(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    imported = import_module(module)
+    return attrgetter(attribute)(imported) if attribute else imported
+
+
 class _Region(nn.Module):
     def __init__(self, one: Recipe) -> None:
         super().__init__()
-        names = one.names | {name: import_module(path) for name, path in one.modules.items()}
+        names = {name: _found(path) for name, path in one.names.items()}
         exec(one.code, names)
         self._run = names["forward"]
 
@@ -115,9 +149,7 @@ _INDUCTOR_OPTIONS = {
 
 
 if __name__ == "__main__":
-    os.nice(int(sys.argv[2]))
-    with Path(sys.argv[1]).open("rb") as file:
-        recipes = pickle.load(file)
-    Path(sys.argv[1]).unlink()
-    for one, package in recipes:
-        compile_region(one, package)
+    os.nice(int(sys.argv[1]))
+    os.umask(0o077)
+    for one, path in json.load(sys.stdin):
+        compile_region(from_json(one), Path(path))

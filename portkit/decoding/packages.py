@@ -7,8 +7,8 @@ that it depends on: code, shapes, threads, torch, the processor; a stale one is 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import pickle
 import platform
 import shutil
 import subprocess
@@ -17,11 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
 
-from portkit.decoding.compiler import PREFETCH, Recipe
+from portkit.decoding.compiler import PREFETCH, Recipe, as_json
+from portkit.decoding.owned import strangeness
 
 Function = Callable[[list[Tensor]], Sequence[Tensor]]
 """A region's: its arguments in order to its results."""
@@ -62,9 +64,11 @@ class Packages:
         self._stop_clock()
         try:
             for path in by_path.keys() - self._loaded.keys():
+                if self._is_strange(self._folder) or self._is_strange(path):
+                    return None
                 loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
                 self._loaded[path] = loader.run
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             self._give_up(f"a compiled region cannot be loaded ({error})")
             return None
         return [self._loaded[path] for path in paths]
@@ -113,20 +117,38 @@ class Packages:
             return
         self._started = time.perf_counter()
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            recipes = self._folder / f"{os.getpid()}.recipes"
-            recipes.write_bytes(pickle.dumps(missing))
-            with (self._folder / "compiler.log").open("wb") as log:
+            # Where the compiler keeps code; by itself it takes a folder that anybody could make.
+            inner = self._folder.absolute() / "inductor"
+            for folder in (self._folder, inner):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if self._is_strange(folder):
+                    return
+            # Nobody else's file is written to: what a link leads to stays as it is.
+            log_path = self._folder / "compiler.log"
+            log_path.unlink(missing_ok=True)
+            with log_path.open("xb") as log, TemporaryFile("w+", encoding="utf-8") as recipes:
+                json.dump([(as_json(one), str(path.absolute())) for one, path in missing], recipes)
+                recipes.seek(0)
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "portkit.decoding.compiler", str(recipes), str(nice)],
-                    stdin=subprocess.DEVNULL,
+                    # -P: the folder that somebody stands in is no place to import from.
+                    [sys.executable, "-P", "-m", "portkit.decoding.compiler", str(nice)],
+                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(inner)},
+                    stdin=recipes,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,  # Ctrl-C is for whoever reads the text
                 )
         except OSError as error:
             self._give_up(f"compiled regions cannot be kept in {self._folder} ({error})")
-            return
+
+    def _is_strange(self, path: Path) -> bool:
+        why = strangeness(path)
+        if why is not None:
+            self._give_up(
+                f"{path} {why}, so that it may hold another's code: remove it, or name a folder of "
+                "your own with PORTKIT_CACHE"
+            )
+        return why is not None
 
     def _give_up(self, why: str) -> None:
         self._given_up = True
@@ -156,7 +178,7 @@ def _digest(one: Recipe) -> str:
         torch.__version__,
         _processor(),
         one.code,
-        repr((sorted(one.names), one.shapes, one.dtypes, one.growing, one.threads)),
+        repr((sorted(one.names.items()), one.shapes, one.dtypes, one.growing, one.threads)),
         *(path.read_text(encoding="utf-8") for path in sources),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
