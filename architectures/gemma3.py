@@ -274,22 +274,14 @@ WEIGHTS = WeightMap(
     )
 )
 
-# The multimodal files' spellings: as released, as newer tools save them, and a misspelling that
-# some versions wrote.
+# As multimodal files are released, and as newer tools save them.
 MULTIMODAL_WEIGHTS = WeightMap(
     (
         *WEIGHTS.rules,
         Drop("vision_tower.{*}", because=VISION),
         Drop("multi_modal_projector.{*}", because=VISION),
     ),
-    prefixes={
-        "language_model.model.": "model.",
-        "language_model.lm_head.": "lm_head.",
-        "model.language_model.": "model.",
-        "model.language_model.model.": "model.",
-        "model.vision_tower.": "vision_tower.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-    },
+    prefixes=("language_model.", "model.language_model."),
 )
 
 SITES = (

@@ -263,6 +263,9 @@ NORMS = "input|post_attention|pre_feedforward|post_feedforward"
 SHARED = "this layer sees the keys and values of an earlier one"
 TOWER = "the vision and audio towers are not ported; this is the language model alone"
 
+# Of a multimodal file, whether its towers are there or not.
+PREFIXES = ("language_model.", "model.language_model.")
+
 WEIGHTS = WeightMap(
     (
         Copy("model.embed_tokens.weight"),
@@ -286,7 +289,8 @@ WEIGHTS = WeightMap(
         Tie("lm_head.weight", to="model.embed_tokens.weight"),
         Drop("model.layers.{layer}.self_attn.{proj=k|v}_proj.{part=weight|bias}", because=SHARED),
         Drop("model.layers.{layer}.self_attn.k_norm.weight", because=SHARED),
-    )
+    ),
+    prefixes=PREFIXES,
 )
 
 MULTIMODAL_WEIGHTS = WeightMap(
@@ -297,13 +301,7 @@ MULTIMODAL_WEIGHTS = WeightMap(
             for tower in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
         ),
     ),
-    prefixes={
-        "model.language_model.": "model.",
-        "model.vision_tower.": "vision_tower.",
-        "model.audio_tower.": "audio_tower.",
-        "model.embed_vision.": "embed_vision.",
-        "model.embed_audio.": "embed_audio.",
-    },
+    prefixes=PREFIXES,
 )
 
 TOKENS = "batch position channel"

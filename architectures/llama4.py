@@ -347,16 +347,16 @@ WEIGHTS = WeightMap(
         Copy("model.norm.weight"),
         Copy("lm_head.weight"),
         Tie("lm_head.weight", to="model.embed_tokens.weight"),
-    )
+    ),
+    prefixes=("language_model.",),
 )
 
 MULTIMODAL_WEIGHTS = WeightMap(
     (
         *WEIGHTS.rules,
-        Drop("vision_model.{*}", because=VISION),
-        Drop("multi_modal_projector.{*}", because=VISION),
+        Drop("{part=vision_model|multi_modal_projector}.{*}", because=VISION),
     ),
-    prefixes={"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
+    prefixes=WEIGHTS.prefixes,
 )
 
 _FEED_FORWARD = "model.layers.{layer}.feed_forward"

@@ -29,7 +29,7 @@ from portkit.nn.mlp import GatedMLP
 from portkit.nn.moe import GatedExperts, Routing
 from portkit.nn.norms import RMSNorm
 from portkit.nn.rope import RopeParameters, RotaryEmbedding, rotate
-from portkit.weights import Copy, Tie, WeightMap
+from portkit.weights import Copy, Slice, Tie, WeightMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +259,8 @@ class Qwen3Moe(CausalLM):
         )
 
 
+_EXPERTS = "model.layers.{layer}.mlp.experts"
+
 WEIGHTS = WeightMap(
     (
         Copy("model.embed_tokens.weight"),
@@ -269,9 +271,13 @@ WEIGHTS = WeightMap(
         Copy("model.layers.{layer}.mlp.{proj=gate|up|down}_proj.weight"),
         Copy("model.layers.{layer}.mlp.gate.weight"),
         Copy(
-            "model.layers.{layer}.mlp.experts.{proj=gate|up|down}_proj.{expert}",
-            source="model.layers.{layer}.mlp.experts.{expert}.{proj}_proj.weight",
+            f"{_EXPERTS}.{{proj=gate|up|down}}_proj.{{expert}}",
+            source=f"{_EXPERTS}.{{expert}}.{{proj}}_proj.weight",
         ),
+        # As newer tools hold a layer's experts, and as some save them.
+        Slice(f"{_EXPERTS}.gate_proj.{{expert}}", f"{_EXPERTS}.gate_up_proj", "expert", 0, 2),
+        Slice(f"{_EXPERTS}.up_proj.{{expert}}", f"{_EXPERTS}.gate_up_proj", "expert", 1, 2),
+        Slice(f"{_EXPERTS}.down_proj.{{expert}}", f"{_EXPERTS}.down_proj", "expert"),
         Copy("model.norm.weight"),
         Copy("lm_head.weight"),
         Tie("lm_head.weight", to="model.embed_tokens.weight"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,8 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from portkit import foreign_layouts
+from portkit.columns import listed
 from portkit.errors import CheckFailed, CheckpointError, InvalidConfig, PortkitError
 from portkit.json_reading import parse_object, read_object
+from portkit.plain_pickles import plain_tensors
 from portkit.safetensors_header import LENGTH_BYTES, MAX_BYTES, header_length
 
 CONFIG = "config.json"
@@ -99,7 +101,15 @@ class LocalFiles:
     def path(self, name: str) -> Path:
         if not self.has(name):
             raise CheckpointError(f"{self.origin} has no {name}")
-        return self.directory / name
+        path = self.directory / name
+        with reading(name), path.open("rb") as file:
+            start = file.read(len(foreign_layouts.LFS_POINTER))
+        if start == foreign_layouts.LFS_POINTER:
+            raise CheckpointError(
+                f"{name} is a git-lfs pointer in the place of the file: run `git lfs pull` in "
+                f"{self.origin}, or fetch the file itself"
+            )
+        return path
 
     def num_bytes(self, name: str) -> int:
         return self.path(name).stat().st_size
@@ -151,15 +161,24 @@ class Checkpoint:
     def __init__(self, files: Files, allow_pickle: bool = False) -> None:
         self.files = files
         self.allow_pickle = allow_pickle
+        self.notes: tuple[str, ...] = ()
+        """What is odd about its index and does no harm, once `tensors` is read."""
         self._open: dict[str, Callable[[str], Tensor]] = {}
         self._header_bytes = 0
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.json`; `InvalidConfig` where it is absent or not a JSON object."""
+        """`config.json`; `InvalidConfig` where it is absent or not a JSON object.
+
+        `CheckpointError` where the folder is an adapter's, whatever else lies in it.
+        """
+        if self.files.has(foreign_layouts.ADAPTER):
+            said = foreign_layouts.adapter(self._json(foreign_layouts.ADAPTER, CheckpointError))
+            raise CheckpointError(f"{self.files.origin}: {said}")
         if not self.files.has(CONFIG):
+            found = foreign_layouts.by_files(self.files.has)
             raise InvalidConfig(
-                f"{self.files.origin} has no {CONFIG}: give the folder of a checkpoint"
+                f"{self.files.origin} has no {CONFIG}: {found or 'give the folder of a checkpoint'}"
             )
         return self._json(CONFIG, InvalidConfig)
 
@@ -175,9 +194,8 @@ class Checkpoint:
         if self.files.has(INDEX):
             return self._sharded(INDEX, self._safetensors_header)
         if not (self.files.has(PICKLE) or self.files.has(PICKLE_INDEX)):
-            raise CheckpointError(
-                f"{self.files.origin} has neither {SINGLE} nor {INDEX}: fetch the weights as well"
-            )
+            found = foreign_layouts.by_files(self.files.has) or "fetch the weights as well"
+            raise CheckpointError(f"{self.files.origin} has neither {SINGLE} nor {INDEX}: {found}")
         if not self.allow_pickle:
             raise CheckpointError(
                 f"{self.files.origin} holds its weights as a pickle, which can run code when it is "
@@ -254,13 +272,16 @@ class Checkpoint:
             if not self.files.has(shard):
                 raise _damaged(f"{index} names {shard}, which {self.files.origin} lacks")
             for name, info in header(shard).items():
-                if weight_map.get(name) != shard:
-                    listed = weight_map.get(name, "no file")
-                    raise _damaged(f"{name} is stored in {shard}; {index} lists {listed} for it")
+                if name in found:
+                    raise _damaged(f"{name} is stored in {found[name].file} and in {shard}")
                 found[name] = info
-        for name, shard in weight_map.items():
-            if name not in found:
-                raise _damaged(f"{index} lists {name} in {shard}, which does not hold it")
+        # Where a tensor is, its shard says; the index, which shards there are.
+        astray = [name for name, info in found.items() if weight_map.get(name) != info.file]
+        absent = [name for name in weight_map if name not in found]
+        self.notes = (
+            *([f"{index} does not list where it is stored: {listed(astray)}"] if astray else []),
+            *([f"{index} lists what no shard holds: {listed(absent)}"] if absent else []),
+        )
         return found
 
     def _safetensors_header(self, name: str) -> dict[str, TensorInfo]:
@@ -278,8 +299,14 @@ class Checkpoint:
                 tensor.numel() * tensor.element_size(),
                 name,
             )
-            for key, tensor in _load_pickle(self.files.path(name)).items()
+            for key, tensor in self._pickled(name).items()
         }
+
+    def _pickled(self, name: str) -> dict[str, Tensor]:
+        try:
+            return plain_tensors(self.files.path(name))
+        except ValueError as error:
+            raise CheckpointError(f"{name} {error}; take a safetensors copy") from None
 
     def _reader(self, file: str) -> Callable[[str], Tensor]:
         if file not in self._open:
@@ -291,7 +318,7 @@ class Checkpoint:
                 except (SafetensorError, OSError) as error:
                     raise _damaged(f"{file} cannot be read: {error}") from None
             else:
-                self._open[file] = _load_pickle(path).__getitem__
+                self._open[file] = self._pickled(file).__getitem__
         return self._open[file]
 
 
@@ -377,26 +404,6 @@ def _refuse_shard(shard: object, index: str) -> None:
     # By the suffix it is decided how a file is read: a pickle must not come in by another's name.
     if not shard.endswith(suffix) or not shard.isprintable():
         raise _damaged(f"{index} names {shard!r:.60}, which is no {suffix} file")
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    mmap = zipfile.is_zipfile(path)  # what torch wrote before 1.6 is not
-    try:
-        loaded = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except Exception as error:  # torch raises many kinds here, none of them documented
-        # Its text recommends to load without weights_only, which is what must not be done.
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"asks for {wanted[1]}" if wanted else "is damaged or no pickle of tensors"
-        raise CheckpointError(f"{path.name} {reason}; take a safetensors copy") from None
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path.name} does not map names to tensors; take a safetensors copy")
-    for name, tensor in loaded.items():
-        _refuse_unprintable(name, path.name)
-        if not (isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.is_cpu):
-            raise CheckpointError(
-                f"{path.name}: {name} is no plain tensor; take a safetensors copy"
-            )
-    return loaded
 
 
 def _damaged(what: str, error: type[PortkitError] = CheckpointError) -> PortkitError:

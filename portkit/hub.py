@@ -192,6 +192,8 @@ class RemoteFiles:
         from huggingface_hub import hf_hub_download
 
         cache_only = self._unreachable is not None
+        if cache_only:
+            revision = _noted_commit(self, revision) or revision
         with no_paths():
             return Path(
                 hf_hub_download(
@@ -362,13 +364,23 @@ def _explain_disk(name: str, error: Exception, cache: str) -> str:
 
 def _remains(files: RemoteFiles) -> str:
     """What the cache holds of this repository, for a message about what it does not hold."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    # The cache's documented layout: models--owner--name/{blobs,refs,snapshots/COMMIT}.
-    folder = Path(HF_HUB_CACHE) / f"{files.repo_type}s--{files.repo_id.replace('/', '--')}"
-    ref = folder / "refs" / files.revision
-    commit = ref.read_text() if ref.is_file() else files.revision
+    folder = _cache_folder(files)
+    commit = _noted_commit(files, files.revision) or files.revision
     names = sorted(path.name for path in (folder / "snapshots" / commit).glob("*") if path.exists())
     if names:
         return f", which holds only {', '.join(names)} of it (an interrupted download?)"
     return ", which holds only other revisions of it" if any(folder.glob("snapshots/*/*")) else ""
+
+
+def _noted_commit(files: RemoteFiles, revision: str) -> str | None:
+    """The commit that the cache notes for a branch or tag, also where an editor ended the line."""
+    ref = _cache_folder(files) / "refs" / revision
+    noted = ref.read_text(errors="replace").strip() if ref.is_file() else ""
+    return noted if _COMMIT.fullmatch(noted) else None
+
+
+def _cache_folder(files: RemoteFiles) -> Path:
+    """By the cache's documented layout: models--owner--name/{blobs,refs,snapshots/COMMIT}."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"{files.repo_type}s--{files.repo_id.replace('/', '--')}"

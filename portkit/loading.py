@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from portkit import foreign_layouts
 from portkit.architecture import Architecture, CausalLM
 from portkit.checkpoint import DTYPES, Checkpoint, Files, LocalFiles, reading
 from portkit.config import ConfigReader
@@ -65,17 +66,25 @@ class Blueprint:
     def plan(self) -> Plan:
         """Who claims which tensor; `Mismatch` where anything is left over."""
         tensors = self.checkpoint.tensors
-        plan = self.architecture.weight_map.plan(
-            self.skeleton, {name: info.shape for name, info in tensors.items()}
-        )
+        shapes = {name: info.shape for name, info in tensors.items()}
+        plan = self.architecture.weight_map.plan(self.skeleton, shapes, self._way_out())
         copies = [tied.also_on_disk for tied in plan.tied if tied.also_on_disk]
-        for name in (*(name for claim in plan.claims for name in claim.sources), *copies):
+        for name in (*plan.sources, *copies):
             if tensors[name].dtype not in _FLOATING:
                 raise Mismatch(
                     f"{name} is stored as {tensors[name].dtype}; supported: "
                     f"{', '.join(sorted(_FLOATING))} (is the checkpoint quantised?)"
                 )
         return plan
+
+    def _way_out(self) -> str:
+        """What to do where the tensors are not those of the model."""
+        known = (
+            foreign_layouts.by_tensors(self.checkpoint.tensors),
+            foreign_layouts.by_architectures(self.checkpoint.config),
+            *(f"{note}; fetch the checkpoint again" for note in self.checkpoint.notes),
+        )
+        return next(filter(None, known), "take config and weights of one release")
 
 
 @dataclass(frozen=True)
@@ -211,9 +220,9 @@ def materialize(
         place(modules, claim.parameter, nn.Parameter(tensor))
         advance()
     place_constants(model, target, compute_dtype)
-    notes = tuple(note for tied in plan.tied if (note := _tie(modules, tied, checkpoint)))
+    untied = tuple(note for tied in plan.tied if (note := _tie(modules, tied, checkpoint)))
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    read = [checkpoint.tensors[name] for claim in plan.claims for name in claim.sources]
+    read = [checkpoint.tensors[name] for name in plan.sources]
     report = LoadReport(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tensors=len(read),
@@ -222,7 +231,7 @@ def materialize(
         stored_dtypes=dict(Counter(info.dtype for info in read)),
         dropped=plan.dropped,
         tied=tuple(t for t in plan.tied if parameters[t.parameter] is parameters[t.to]),
-        notes=notes,
+        notes=(*checkpoint.notes, *untied),
         seconds=time.perf_counter() - started,
     )
     return LoadedModel(model, blueprint, plan, report)

@@ -54,6 +54,12 @@ def _installed() -> tuple[EntryPoint, ...]:
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a `config.json`; a quantised one is refused by its method's name."""
+    if isinstance(config.get("quantization"), Mapping):
+        raise UnsupportedConfig(
+            "config.json: quantization: this checkpoint is quantised by MLX and no port of a "
+            "quantised checkpoint exists yet; take the unquantised repository, or write one with "
+            "mlx_lm.convert --dequantize"
+        )
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None

@@ -1,6 +1,6 @@
 """Bad input: one table, one test. Each row gets its exit code and one line that helps.
 
-The rows are in `bad_weights`, `bad_configs`, `bad_layers` and `bad_surroundings`. Behind the table:
+The rows are in `bad_weights`, `bad_configs`, `bad_layers`, `bad_layouts`, `bad_surroundings`. Behind the table:
 the sound neighbours of some rows, damage at random, and what is not the input's fault.
 """
 
@@ -29,10 +29,12 @@ from parity_tests.engine.bad_configs import (
     required_fields,
 )
 from parity_tests.engine.bad_layers import FAMILY_VALUES
+from parity_tests.engine.bad_layouts import CLASSIFIER_BY_NAME, LAYOUTS
 from parity_tests.engine.bad_surroundings import EXPORTS, SURROUNDINGS
-from parity_tests.engine.bad_weights import FILES, PICKLES, SHARDED, TENSORS
+from parity_tests.engine.bad_weights import FILES, GATE, PICKLES, SHARDED, TENSORS
 from parity_tests.engine.damage import (
     CONFIGS,
+    GONE,
     PICKLE,
     SHARDS,
     WEIGHTS,
@@ -71,6 +73,7 @@ CASES = [
     *CONFIG_FILE,
     *CONFIG_VALUES,
     *FAMILY_VALUES,
+    *LAYOUTS,
     *required_field_cases(),
     *SURROUNDINGS,
     *EXPORTS,
@@ -184,6 +187,10 @@ NEIGHBOURS: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "shards": ("sharded", nothing, CHECK),
     "a shard that is a link out of the folder": ("sharded", LINKED, CHECK),
     "a shard in a subfolder": ("sharded", into_subfolder, CHECK),
+    "a tensor that the index lists elsewhere": ("sharded", shard_map({GATE: SHARDS[0]}), CHECK),
+    "a tensor that the index does not list": ("sharded", shard_map({GATE: GONE}), CHECK),
+    "an index that lists what no shard has": ("sharded", shard_map({"extra": SHARDS[1]}), CHECK),
+    "a classifier by name alone": ("llama", CLASSIFIER_BY_NAME, CHECK),
     "a pickle that is allowed": ("pickled", nothing, TRUST),
     "a pickle of before torch 1.6": ("pickled", OLD, TRUST),
     "a pickle in shards": ("pickled", pickled_in_shards, TRUST),

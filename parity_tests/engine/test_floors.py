@@ -44,6 +44,8 @@ FLOORS = {
     "portkit.json_reading": 0,
     "portkit.confined": 0,
     "portkit.columns": 0,
+    "portkit.foreign_layouts": 0,
+    "portkit.plain_pickles": 0,
     "portkit.safetensors_header": 0,
     "portkit.hub_answers": 0,
 }

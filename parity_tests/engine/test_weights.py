@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from portkit.errors import Mismatch
-from portkit.weights import Copy, Drop, Fuse, Plan, Stack, Template, Tie, WeightMap
+from portkit.weights import Copy, Drop, Fuse, Plan, Slice, Stack, Template, Tie, WeightMap
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ RULES = WeightMap(
         Tie("head", to="embed"),
         Drop("tower.{*}", because="not ported"),
     ),
-    prefixes={"outer.": "", "outer.inner.": ""},
+    prefixes=("outer.", "outer.inner."),
 )
 
 
@@ -162,6 +162,40 @@ def test_leftovers_are_listed_by_name(damage: object, words: str) -> None:
     with pytest.raises(Mismatch) as caught:
         plan(on_disk)
     assert words in str(caught.value)
+
+
+def test_a_stack_holds_several_parameters_and_they_are_written_one_by_one() -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for part in ("a", "b"):
+                matrices = [nn.Parameter(torch.empty(2, 3)) for _ in range(12)]
+                setattr(self, part, nn.ParameterList(matrices))
+
+    rules = WeightMap(
+        (
+            Copy("{part=a|b}.{expert}", "experts.{expert}.{part}"),
+            Slice("a.{expert}", "stack", over="expert", block=0, blocks=2),
+            Slice("b.{expert}", "stack", over="expert", block=1, blocks=2),
+        )
+    )
+    stack = torch.randn(12, 4, 3)
+    found = rules.plan(Apart(), {"model.stack": (12, 4, 3)})  # spelled once too often
+    assert found.sources == ("model.stack",)
+    back: dict[str, torch.Tensor] = {}
+    for claim in found.claims:
+        part, number = claim.parameter.split(".")
+        value = claim.assemble({"model.stack": stack}.__getitem__, torch.float32, CPU)
+        assert torch.equal(value, stack[int(number)][:2] if part == "a" else stack[int(number)][2:])
+        assert value.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
+        back |= claim.split(value)
+    assert back.keys() == {f"experts.{n}.{part}" for n in range(12) for part in "ab"}
+    assert torch.equal(back["experts.10.b"], stack[10][2:])
+    for shape in ((11, 4, 3), (13, 4, 3), (12, 5, 3), (12, 4)):
+        with pytest.raises(Mismatch, match=r"stack is \[.*makes it \[12, 4, 3\]"):
+            rules.plan(Apart(), {"stack": shape})
+    with pytest.raises(Mismatch, match="24 missing: experts.0.a"):
+        rules.plan(Apart(), {})
 
 
 def test_two_rules_for_one_parameter_are_our_own_mistake() -> None:

@@ -118,8 +118,8 @@ def _print_plan(blueprint: Blueprint, json: bool) -> None:
             dry_run=True,
             model_type=blueprint.architecture.model_type,
             parameters=blueprint.num_parameters,
-            tensors=sum(len(claim.sources) for claim in plan.claims),
-            bytes=sum(tensors[name].num_bytes for claim in plan.claims for name in claim.sources),
+            tensors=len(plan.sources),
+            bytes=sum(tensors[name].num_bytes for name in plan.sources),
             plan=[
                 {
                     "parameter": claim.parameter,
