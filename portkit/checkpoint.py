@@ -8,9 +8,7 @@ header of a remote file is all that is ever fetched of it to inspect it.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from portkit import foreign_layouts
 from portkit.columns import listed
-from portkit.errors import CheckFailed, CheckpointError, InvalidConfig, PortkitError
+from portkit.errors import CheckpointError, InvalidConfig, PortkitError
 from portkit.json_reading import parse_object, read_object
 from portkit.plain_pickles import plain_tensors
 from portkit.safetensors_header import LENGTH_BYTES, MAX_BYTES, header_length
@@ -218,39 +216,10 @@ class Checkpoint:
             f"shape {list(info.shape)}; run again when nobody writes to it"
         )
 
-    def check(self, advance: Callable[[], None] = lambda: None) -> dict[str, str]:
-        """Read every byte: file name to sha256. `CheckFailed` on values that are not finite.
-
-        `advance` is called after each tensor.
-        """
-        for info in self.tensors.values():
-            tensor = self.read(info.name)
-            # Of one byte, floats are never loaded but may be dropped, and torch has no isfinite.
-            finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
-            if not bool(finite.all()):
-                raise _damaged(
-                    f"{info.file}: {info.name} holds {int((~finite).sum())} values that are not "
-                    f"finite (of {tensor.numel()}): damaged, or its training diverged",
-                    CheckFailed,
-                )
-            advance()
-        return {name: self._sha256(name) for name in self.weight_files}
-
     @property
     def weight_files(self) -> list[str]:
         """The files that hold tensors, in order of first mention."""
         return list(dict.fromkeys(info.file for info in self.tensors.values()))
-
-    def _sha256(self, name: str) -> str:
-        path = self.files.path(name)
-        with reading(name), path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        promised = path.resolve().name  # the Hub's cache names large files by their digest
-        if re.fullmatch("[0-9a-f]{64}", promised) and promised != found:
-            raise _damaged(
-                f"{name} has sha256 {found} where the Hub's cache says {promised}", CheckFailed
-            )
-        return found
 
     def _json(self, name: str, error: type[PortkitError]) -> dict[str, Any]:
         return read_object(self.files.path(name), name, error, _AGAIN)

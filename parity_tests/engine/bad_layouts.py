@@ -36,7 +36,9 @@ HEAD, NORM = "lm_head.weight", "model.norm.weight"
 PROJECTION = "model.layers.1.self_attn.q_proj"
 UNQUANTISED = "take the unquantised repository"
 ADAPTS = put(ADAPTER, {"base_model_name_or_path": "org/base", "peft_type": "LORA"})
-MERGE = ("{folder}: adapter_config.json", "(LORA) for org/base", "merge_and_unload", "take the file")
+MERGE = ("{folder}: adapter_config.json", "(LORA) for org/base", "merge_and_unload", "take the")
+SEEN = ("inspect", "{folder}")
+MLX = {"group_size": 64, "bits": 4}
 
 
 def respelt(spelling: Callable[[str], str]) -> Damage:
@@ -68,7 +70,7 @@ def as_meta(name: str) -> str:
 _ARCHITECTURES = "config.json: architectures is "
 FOLDERS = [
     Case("an adapter beside", ADAPTS, MERGE),
-    Case("an adapter beside, inspected", ADAPTS, MERGE, arguments=("inspect", "{folder}")),
+    Case("an adapter beside, inspected", ADAPTS, MERGE, arguments=SEEN),
     Case("an adapter alone", several(ADAPTS, remove(CONFIG), remove(WEIGHTS)), MERGE),
     Case("an adapter that says nothing", put(ADAPTER, {}), ("kind not named", "model not named")),
     Case("an adapter's config damaged", put(ADAPTER, b"{"), (ADAPTER, "is not JSON")),
@@ -95,7 +97,7 @@ FOLDERS = [
     ),
     Case("no weights at all", remove(WEIGHTS), ("fetch the weights as well",)),
     Case("a pointer", put(WEIGHTS, POINTER), (WEIGHTS, "git-lfs pointer", "`git lfs pull`")),
-    Case("a pointer, inspected", put(WEIGHTS, POINTER), ("pointer",), arguments=("inspect", "{folder}")),
+    Case("a pointer, inspected", put(WEIGHTS, POINTER), ("pointer",), arguments=SEEN),
     Case("a pointer for a config", put(CONFIG, POINTER), (CONFIG, "git-lfs pointer")),
     Case(
         "a pointer for a shard",
@@ -112,15 +114,15 @@ FOLDERS = [
     ),
     Case(
         "MLX's config",
-        config({"quantization": {"group_size": 64, "bits": 4}}),
+        config({"quantization": MLX}),
         ("quantised by MLX", UNQUANTISED, "mlx_lm.convert --dequantize"),
     ),
     Case(
         "MLX's config, both of its keys",
-        config({key: {"group_size": 64, "bits": 4} for key in ("quantization", "quantization_config")}),
+        config({"quantization": MLX, "quantization_config": MLX}),
         ("quantised by MLX", UNQUANTISED, "mlx_lm.convert --dequantize"),
     ),
-]  # fmt: skip
+]
 
 _TENSORS = [
     Case(
@@ -158,7 +160,11 @@ _TENSORS = [
         respelt(lambda name: name.replace("layers.1.", "layers.1._orig_mod.")),
         ("_orig_mod", "wrapped for training", "save the model unwrapped"),
     ),
-    Case("Meta's own names", respelt(as_meta), ("tok_embeddings.weight is Meta's own layout",)),
+    Case(
+        "Meta's own names",
+        respelt(as_meta),
+        ("attention.wq.weight is Meta's own layout", "convert_llama"),
+    ),
     Case(
         "a classifier",
         several(

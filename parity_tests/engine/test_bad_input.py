@@ -1,7 +1,8 @@
 """Bad input: one table, one test. Each row gets its exit code and one line that helps.
 
-The rows are in `bad_weights`, `bad_configs`, `bad_layers`, `bad_layouts`, `bad_surroundings`. Behind the table:
-the sound neighbours of some rows, damage at random, and what is not the input's fault.
+The rows are in `bad_weights`, `bad_configs`, `bad_layers`, `bad_layouts` and `bad_surroundings`.
+Behind the table: the sound neighbours of some rows, damage at random, and what is not the input's
+fault.
 """
 
 from __future__ import annotations

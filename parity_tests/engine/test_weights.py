@@ -194,7 +194,7 @@ def test_a_stack_holds_several_parameters_and_they_are_written_one_by_one() -> N
     for shape in ((11, 4, 3), (13, 4, 3), (12, 5, 3), (12, 4)):
         with pytest.raises(Mismatch, match=r"stack is \[.*makes it \[12, 4, 3\]"):
             rules.plan(Apart(), {"stack": shape})
-    with pytest.raises(Mismatch, match="24 missing: experts.0.a"):
+    with pytest.raises(Mismatch, match=r"24 missing: experts\.0\.a"):
         rules.plan(Apart(), {})
 
 

@@ -41,6 +41,7 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Load a checkpoint into its port: every tensor accounted for."""
+    from portkit.checking import check as check_bytes
     from portkit.exporting import export
     from portkit.loading import draw, materialize, open_checkpoint
 
@@ -55,7 +56,7 @@ def command(
     digests = {}
     if check:
         with progress_bar("check", len(checkpoint.tensors)) as advance:
-            digests = checkpoint.check(advance)
+            digests = check_bytes(checkpoint, advance)
     with progress_bar("load", num_parameters) as advance:
         loaded = materialize(blueprint, dtype, device, advance)
     if export_to is not None:
