@@ -19,6 +19,7 @@ from portkit.parity.judging.judge import Verdict, judge
 from portkit.parity.judging.ledger import (
     LOGITS,
     Ledger,
+    SiteAccount,
     difference,
     difference_as_loaded,
     rows,
@@ -41,6 +42,7 @@ from portkit.parity.judging.truth import Truth
 from portkit.parity.judging.whole import WholeTruth
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.result import Comparison, NotVerified
+from portkit.parity.sides.roles import Visit
 from portkit.parity.sides.sites import QKV, CannotRun, Side, SiteTable, parameters_of, watching
 from portkit.parity.teeth.diagnose import Cause, Diagnosis, is_observed
 from portkit.parity.unseen import Unseen
@@ -76,7 +78,7 @@ def compare(
         comparing.judge()
     if (reason := comparing.unseen.nothing_ran()) is not None:
         raise PortError(f"nothing was compared: {reason}")
-    sites = comparing.ledger.sites
+    sites = comparing.sites()
     return Comparison(
         str(port.dtype).removeprefix("torch."),
         probe,
@@ -129,6 +131,7 @@ class Comparing:
         self.is_partial = port.is_partial or reference.is_partial
         truth = WholeTruth if self.is_partial else Truth
         self.truth = truth(port, reference, table, self.ledger)
+        self.fitting = self.truth.fitting if isinstance(self.truth, WholeTruth) else None
         self.unseen = Unseen()
         self.onlookers: Sequence[Onlooker] = ()
         self.diagnosis = Diagnosis(reference, table, probe) if is_observed(reference) else None
@@ -141,6 +144,8 @@ class Comparing:
         """What pass and site held, ours and theirs, where it was wrong: later passes inherit it."""
         self._wrong_now: list[tuple[Tensor, Tensor]] = []
         """The same of the pass that runs: layers that share another's keys inherit them."""
+        self._seen: set[str] = set()
+        """Sites of both sides that were compared where they are made."""
         self._continued = {one.continues for one in probe}
 
     @torch.no_grad()
@@ -231,8 +236,11 @@ class Comparing:
             self._run_freely(recording)
             self._run_taught(recording)
         except CannotRun as error:
-            self.unseen.refuse("port", one, error)
-            return
+            put = next(reversed(recording.unequal), None)
+            self.unseen.refuse("port", one, error, put)
+            if put is None:
+                return
+        self._seen |= recording.seen
         self.unseen.passed(trace)
         for name in trace if not self.is_partial else ():
             account = self.ledger.site(name)
@@ -261,7 +269,7 @@ class Comparing:
                     a, b = (rows(each, account.dims, one) for each in (ours, theirs))
                     account.carried_error.add(squares_of(a, b), len(a))
 
-        visit = self.unseen.of_port(fitted(trace, looked_at(trace, look)))
+        visit = self.unseen.of_port(self._shown(recording, looked_at(trace, look)))
         with watching(self.port, self.table, visit):
             logits = self._logits(self.port, one, self._free_caches)
         if LOGITS in trace:
@@ -291,12 +299,19 @@ class Comparing:
 
         with (
             calls_kept(self.port, self.table) as calls,
-            watching(self.port, self.table, fitted(trace, taught(trace, compare_one))),
+            watching(self.port, self.table, self._shown(recording, taught(trace, compare_one))),
         ):
             logits = self._logits(self.port, one, self._taught_caches)
         if LOGITS in trace:
             compare_one(LOGITS, logits, trace[LOGITS])
         recording.port_calls = calls
+
+    def _shown(self, recording: Recording, visit: Visit) -> Visit:
+        """The visitor, shown what the port has as the reference has it."""
+        if self.fitting is None:
+            return fitted(recording.trace, visit)
+        one = recording.run.name
+        return self.fitting.visitor(one, recording.trace, visit, self.unseen.misfit)
 
     def _as_theirs(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
         """What a partial side holds in a wider dtype, rounded once."""
@@ -306,6 +321,13 @@ class Comparing:
             return ours
         self.unseen.widen(name, ours.dtype)
         return ours.to(theirs.dtype)
+
+    def sites(self) -> dict[str, SiteAccount]:
+        """The accounts of what was compared: a pass may have broken off before a site."""
+        everything = self.ledger.sites
+        if not self.is_partial:
+            return everything
+        return {n: one for n, one in everything.items() if not one.dims or n in self._seen}
 
     def not_verified(self) -> Iterator[NotVerified]:
         """What could not be asked, and what was not seen."""

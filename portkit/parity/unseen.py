@@ -6,7 +6,6 @@ Knows names; judges nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.result import NotVerified
+from portkit.parity.sides.fitting import kind_of
 from portkit.parity.sides.roles import Visit
 from portkit.parity.sides.sites import CannotRun
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=[.#:]|$)")
 _TOLD = 3
 
 
@@ -30,6 +29,8 @@ class Unseen:
         self.trace_sites: dict[str, None] = {}
         self.port_sites: dict[str, None] = {}
         self.widened: dict[str, None] = {}
+        self.misfits: dict[str, str] = {}
+        """Kinds of sites that fit in no way, and what either side has there."""
         self.parameters = 0, 0
         """How many of the reference's have an equal of that name in the port, and all."""
         self._num_passes = 0
@@ -39,8 +40,21 @@ class Unseen:
         self._num_passes += 1
         self.trace_sites |= dict.fromkeys(trace)
 
-    def refuse(self, who: str, one: Pass, reason: CannotRun) -> None:
-        self.refused.setdefault(f"the {who} does not run it: {reason}", []).append(one.name)
+    def refuse(self, who: str, one: Pass, reason: CannotRun, put: str | None = None) -> None:
+        """`put`: the site at which the reference's tensor was put in place last, if any was."""
+        told = f"the {who} does not run it: {reason}"
+        if put is not None:
+            told = (
+                f"by itself the {who} runs it; the reference's {put} was put in place, and {reason}"
+            )
+        self.refused.setdefault(told, []).append(one.name)
+
+    def misfit(self, name: str, port: Tensor, reference: Tensor) -> None:
+        """A site that neither is compared nor put in place."""
+        if ":in." in name:
+            return  # rotary tables that a module is given in another form are its own affair
+        ours, theirs = (f"{list(one.shape)} {_word(one.dtype)}" for one in (port, reference))
+        self.misfits.setdefault(kind_of(name), f"the port has {ours} there, the reference {theirs}")
 
     def of_port(self, visit: Visit) -> Visit:
         """The visitor, and the names that it is shown."""
@@ -52,8 +66,9 @@ class Unseen:
         return noted
 
     def widen(self, name: str, dtype: torch.dtype) -> None:
-        word = str(dtype).removeprefix("torch.")
-        self.widened[f"{_kind(name)} is {word} in the port; it was compared rounded once"] = None
+        self.widened[
+            f"{kind_of(name)} is {_word(dtype)} in the port; it was compared rounded once"
+        ] = None
 
     def not_verified(self, probe: Probe) -> Iterator[NotVerified]:
         """Passes first, then sites by their kind."""
@@ -80,13 +95,16 @@ class Unseen:
             for within, kinds in _lacking(there, here).items():
                 yield NotVerified(f"{within}{', '.join(kinds)}", reason)
 
+        for kind, reason in self.misfits.items():
+            yield NotVerified(f"{kind}: not compared", reason)
+
     def nothing_ran(self) -> str | None:
         """Why no pass was run on both sides, where that is so."""
         return None if self._num_passes else next(iter(self.refused), "the probe is empty")
 
 
-def _kind(name: str) -> str:
-    return _NUMBER.sub("*", name)
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _lacking(there: Mapping[str, None], here: Mapping[str, None]) -> dict[str, list[str]]:
@@ -97,13 +115,13 @@ def _lacking(there: Mapping[str, None], here: Mapping[str, None]) -> dict[str, l
     lacking: dict[str, int] = {}
     for name in there:
         if name not in here and ":in" not in name:
-            lacking[_kind(name)] = lacking.get(_kind(name), 0) + 1
+            lacking[kind_of(name)] = lacking.get(kind_of(name), 0) + 1
     found: dict[str, list[str]] = {}
     for kind, count in lacking.items():
         within, mark, last = kind.rpartition("#" if "#" in kind else ".")
         if last == "*":
             within, mark, last = "", "", kind
-        whole = sum(_kind(name) == kind for name in there)
+        whole = sum(kind_of(name) == kind for name in there)
         share = "" if count == whole else f" ({count} of {whole})"
         named = f"{mark.strip('.')}{last}{share}"
         found.setdefault(f"{within}: " if within else "", []).append(named)

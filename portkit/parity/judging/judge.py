@@ -19,6 +19,8 @@ from portkit.parity.judging.ledger import Distance, SiteAccount
 SAME_FUNCTION = 1e-13
 """Relative RMS in float64 up to which two sides compute the same function."""
 FLOOR_FACTOR = 1.25
+CARE_FACTOR = 32.0
+"""So many times its floor no lack of care is, where nobody could ask for the function."""
 CHANNEL_FACTOR = 2.0
 MIN_POOLED = 64
 """Values that a channel's distance is pooled over, at the least."""
@@ -106,7 +108,8 @@ def _verdict(
         return Verdict.diverged, "glue" if site.is_glue else "function"
     if local_error <= FLOOR_FACTOR * floor and (channel or 0.0) <= 1:
         return Verdict.rounding, None
-    return Verdict.diverged, "glue" if site.is_glue else "care"
+    care = not site.function_refused or local_error <= CARE_FACTOR * floor
+    return Verdict.diverged, "glue" if site.is_glue else "care" if care else "function"
 
 
 def _worst_channel(site: SiteAccount) -> float | None:

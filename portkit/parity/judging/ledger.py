@@ -179,6 +179,8 @@ class SiteAccount:
     floors: defaultdict[str, Distance] = field(default_factory=lambda: defaultdict(Distance))
     """Reference to the truth, by attention kernel."""
     function_asked: bool = False
+    function_refused: bool = False
+    """The port could not be run in float64: whether it is the same function nobody knows."""
     truth_lacking: bool = False
     """No side could be run in float64: what is unequal here cannot be judged."""
     spread: Spread = field(default_factory=Spread)
@@ -216,8 +218,9 @@ class Ledger:
         if name not in self.sites:
             dims = _LOGITS_DIMS if name == LOGITS else self._table.dims(name)
             assert dims is not None, f"{name} is not declared"
-            given_to_attention = any(name.endswith(f"#{role}") for role in (*QKV, "mask"))
-            composite = name.partition(AGAIN)[0] in self._composite
+            first = name.partition(AGAIN)[0]
+            given_to_attention = any(first.endswith(f"#{role}") for role in (*QKV, "mask"))
+            composite = first in self._composite
             is_glue = ":in" in name or given_to_attention or name == LOGITS or composite
             self.sites[name] = SiteAccount(name, dims, is_glue)
         return self.sites[name]

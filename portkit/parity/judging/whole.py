@@ -18,12 +18,13 @@ from portkit.parity.judging.distances import Distances
 from portkit.parity.judging.heap import release_freed_memory
 from portkit.parity.judging.judge import SAME_FUNCTION
 from portkit.parity.judging.ledger import LOGITS, Ledger, rows, squares_of
-from portkit.parity.judging.local import Recording, Trace, fitted
+from portkit.parity.judging.local import Recording, Trace
 from portkit.parity.judging.precision import (
     casts_lifted,
     held_in_float64,
     ran_out_of_memory,
 )
+from portkit.parity.sides.fitting import Fitting
 from portkit.parity.sides.sites import CannotRun, Side, SiteTable, watching
 
 _TABLES = ("#cos", "#sin")
@@ -35,6 +36,7 @@ class WholeTruth:
     def __init__(self, port: Side, reference: Side, table: SiteTable, ledger: Ledger) -> None:
         self.port, self.reference, self.table, self.ledger = port, reference, table, ledger
         self.distances = Distances(ledger, reference.attention)
+        self.fitting = Fitting()
         self.unasked: dict[str, str] = {}
         """What could not be asked of the sides in float64, and why."""
         self.notes: list[str] = []
@@ -48,9 +50,12 @@ class WholeTruth:
         truths = ours if theirs is None else theirs
         if theirs is None and ours is not None:
             self._note("the truth is the port in float64: the reference cannot run in it")
-        for one in recordings if truths is None else ():
+        for one in recordings:
             for site in one.seen:
-                self.ledger.site(site).truth_lacking = one.trace[site].is_floating_point()
+                account = self.ledger.site(site)
+                account.function_refused |= ours is None
+                if truths is None:
+                    account.truth_lacking = one.trace[site].is_floating_point()
         for one, truth in zip(recordings, truths or [], strict=False):
             for site, exact in truth.items():
                 self.distances.hold(one, site, exact)
@@ -59,13 +64,18 @@ class WholeTruth:
         self.distances.close(recordings)
         self._add_other_kernel(recordings, truths)
         if theirs is not None and ours is not None:
-            with_tables = None
-            if any(map(_tables_are_hidden, recordings)):
-                with_tables = self._in_float64("the reference", self.reference, recordings, True)
-            for number, one in enumerate(recordings):
-                variants = [each[number] for each in (theirs, with_tables) if each is not None]
-                self._ask(one, variants, ours[number])
+            self._ask_all(recordings, theirs, ours)
         release_freed_memory()
+
+    def _ask_all(
+        self, recordings: Sequence[Recording], theirs: Sequence[Trace], ours: Sequence[Trace]
+    ) -> None:
+        with_tables = None
+        if any(map(_tables_are_hidden, recordings)):
+            with_tables = self._in_float64("the reference", self.reference, recordings, True)
+        for number, one in enumerate(recordings):
+            variants = [each[number] for each in (theirs, with_tables) if each is not None]
+            self._ask(one, variants, ours[number])
 
     def _in_float64(
         self, name: str, side: Side, recordings: Sequence[Recording], tables: bool = False
@@ -97,12 +107,13 @@ class WholeTruth:
             if recorded is None:
                 return tensor
             if site in one.seen:
-                found[site] = tensor
+                found[site] = tensor.clone()  # of a buffer that is written later, it may be a part
             elif not (tables and _is_table(site)):
                 return tensor
             return recorded.double() if recorded.is_floating_point() else recorded
 
-        with watching(side, self.table, fitted(one.trace, visit)), casts_lifted():
+        shown = self.fitting.visitor(one.run.name, one.trace, visit, lambda *_: None)
+        with watching(side, self.table, shown), casts_lifted():
             logits = side.run(one.run, caches)
         if LOGITS in one.seen:
             found[LOGITS] = logits

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 from portkit.errors import ReportError
 from portkit.parity.gradients import GradientParity
 from portkit.parity.judging.judge import Judgement, Verdict
+from portkit.parity.judging.ledger import SiteAccount
 from portkit.parity.reports import report_page, summary
 from portkit.parity.result import Comparison, ParityResult
 
@@ -94,7 +95,8 @@ def junit(result: ParityResult, asked: Asked) -> str:
                 )
                 if one.verdict is Verdict.diverged or gate_is_exact:
                     cause = summary.said_cause(causes.get((comparison.dtype, one.site)))
-                    said = f"{cause} ({_said(one)})" if cause else _said(one)
+                    said = _said(comparison.accounts[one.site], one)
+                    said = f"{cause} ({said})" if cause else said
                     failure = ElementTree.SubElement(case, "failure", type=str(one.verdict))
                     failure.set("message", _xml(said))
                     failure.text = _xml("\n".join([said, *_values(comparison, one)]))
@@ -125,12 +127,12 @@ def _count(suite: ElementTree.Element) -> None:
         suite.set(name, str(sum(1 for _ in suite.iter(tag))))
 
 
-def _said(one: Judgement) -> str:
+def _said(account: SiteAccount, one: Judgement) -> str:
     if one.kind is None:
         return (
             f"{one.verdict}: {summary.figure(one.local_error)}, floor {summary.figure(one.floor)}"
         )
-    return f"{one.kind}: {summary.KINDS[one.kind]}{summary.evidence(one)}"
+    return f"{one.kind}: {summary.said_kind(account, one)}{summary.evidence(one)}"
 
 
 def _values(comparison: Comparison | GradientParity, one: Judgement) -> list[str]:

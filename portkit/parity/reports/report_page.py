@@ -168,7 +168,7 @@ def _culprit(comparison: Comparison, one: Judgement, cause: Mapping[str, Any] | 
         judgement=one,
         anchor=_anchor(comparison, one),
         cause=cause,
-        kind=f"{kind}: {summary.KINDS[kind]}{summary.evidence(one)}",
+        kind=f"{kind}: {summary.said_kind(account, one)}{summary.evidence(one)}",
         carried=(carried or "differs") if account.carried else "equal",
         account=account,
         records=account.unequal[:_MOST_RECORDS],

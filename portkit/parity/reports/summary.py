@@ -22,7 +22,7 @@ from portkit.parity.judging.judge import (
     relative,
     worst,
 )
-from portkit.parity.judging.ledger import Worst
+from portkit.parity.judging.ledger import SiteAccount, Worst
 from portkit.parity.result import Comparison, ParityResult
 from portkit.parity.teeth.diagnose import Cause
 
@@ -37,6 +37,12 @@ KINDS = {
     "glue": "the code between modules made it so",
     "shape": "it has another shape",
     "missing": "the port does not have it",
+}
+
+_UNASKED = {
+    "function": "it is too far off for a lack of care; it could not be asked in float64",
+    "care": "further from the truth than the reference is; whether it is the same function could "
+    "not be asked in float64",
 }
 
 GRADIENT_KINDS = {
@@ -110,8 +116,8 @@ def details(result: ParityResult) -> list[str]:
         lines.append(f"first culprit in {comparison.dtype}: {first.site}")
         if (why := comparison.causes.get(first.site)) is not None:
             lines += [f"  {said}" for said in (why.sentence, *support(why))]
-        lines.append(f"  {first.kind}: {KINDS[first.kind or 'function']}{evidence(first)}")
         account = comparison.accounts[first.site]
+        lines.append(f"  {first.kind}: {said_kind(account, first)}{evidence(first)}")
         if account.misshapen:
             lines.append(f"  port {account.misshapen} of the reference")
         for record in account.unequal[:1]:
@@ -124,6 +130,13 @@ def details(result: ParityResult) -> list[str]:
             named = ", ".join(one.site for one in comparison.culprits[1:4])
             lines.append(f"  and {others} more: {named}{', …' if others > 3 else ''}")
     return [*lines, *_gradient_details(result)]
+
+
+def said_kind(account: SiteAccount, one: Judgement) -> str:
+    """A culprit's kind in a sentence, which claims no more than was asked."""
+    kind = one.kind or "function"
+    refused = account.function_refused and not account.function_asked
+    return _UNASKED.get(kind, KINDS[kind]) if refused else KINDS[kind]
 
 
 def support(cause: Cause) -> list[str]:

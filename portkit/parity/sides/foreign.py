@@ -7,9 +7,10 @@ made of is its own affair.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from portkit.parity.sides.keeping import Kept, KeptState
 from portkit.parity.sides.pairs import Paired, SitePairs, near
 from portkit.parity.sides.points import listening
 from portkit.parity.sides.roles import Roles, Visit
-from portkit.parity.sides.sites import CannotRun, SiteTable, parameters_of
+from portkit.parity.sides.sites import AGAIN, CannotRun, SiteTable, parameters_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ class ForeignSide:
         self._kept = None if self.model is None else KeptState(self.model)
         within = {} if self.model is None else reachable(self.model)
         paired = pairs.laid_over(within, around.table, around.modules)
-        self._paired = [(within[name], pair) for name, pair in paired.items()]
+        self._paired = [
+            (module, replace(pair, by_output=True) if isinstance(module, nn.Identity) else pair)
+            for module, pair in ((within[name], pair) for name, pair in paired.items())
+        ]
         self._running: list[str] = []
         """Names of the paired modules that are running, the innermost last."""
 
@@ -163,12 +167,18 @@ class ForeignSide:
             self.notes.append(note)
 
     def module_sites(self) -> Mapping[str, nn.Module]:
-        return {pair.sites[0]: module for module, pair in self._paired if pair.is_plain}
+        """Those that are called as the reference's are; the others are watched by themselves."""
+        plain = ((pair.sites[0], module) for module, pair in self._paired if pair.is_plain)
+        return {site: module for site, module in plain if site is not None}
 
     def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
-        if isinstance(output, tuple):
-            return (visit(name, output[0]), *output[1:])
-        return visit(name, output)
+        """Visit the first tensor of what a module returns; what has none is left alone."""
+        if isinstance(output, Tensor):
+            return visit(name, output)
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            seen = (visit(name, output[0]), *output[1:])
+            return type(output)(*seen) if hasattr(output, "_fields") else seen
+        return output
 
     def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:
         held = parameters_of(self)
@@ -180,63 +190,79 @@ class ForeignSide:
     @contextmanager
     def watch_attention(self, visit: Visit) -> Iterator[None]:
         """The points that the port records, and modules whose output is more than one site's."""
+        numbered = _numbered(visit)
         with ExitStack() as stack:
             for module, pair in self._paired:
                 for handle in self._hooks(module, pair, visit):
                     stack.callback(handle.remove)
-            stack.enter_context(listening(lambda name, tensor: visit(self._full(name), tensor)))
+            stack.enter_context(listening(lambda name, tensor: numbered(self._full(name), tensor)))
             yield
 
     def _hooks(self, module: nn.Module, pair: Paired, visit: Visit) -> Iterator[Any]:
-        name = pair.sites[0].partition("#")[0]
-        roles = Roles(module)
+        name = next(filter(None, pair.sites)).partition("#")[0]
+        roles, inputs, outputs = Roles(module), _numbered(visit), _numbered(visit)
 
         def visit_input(role: str, tensor: Tensor) -> Tensor:
-            if role or "#" in pair.sites[0]:
+            if role:
                 return tensor
             for site in pair.sites:
-                tensor = visit(f"{site}:in", tensor)
+                if site is not None and "#" not in site:
+                    tensor = self._laid(pair, f"{site}:in", tensor, inputs)
             return tensor
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._running.append(name)
-            return None if pair.is_plain else roles.visit(args, kwargs, visit_input)
+            if pair.is_plain or pair.by_output:
+                return None
+            return roles.visit(args, kwargs, visit_input)
 
         def behind(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             self._running.pop()
             if pair.is_plain:
                 return output
             return self.visit_output(
-                name, output, lambda _, tensor: self._parts(pair, tensor, visit)
+                name, output, lambda _, tensor: self._parts(pair, tensor, outputs)
             )
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(behind)
 
+    def _laid(self, pair: Paired, site: str, tensor: Tensor, visit: Visit) -> Tensor:
+        """Visit a site whose dimensions the port orders as the table says, where it has those."""
+        declared = (self._around.table.dims(site) or "").split()
+        fits = tensor.dim() == len(declared)
+        if pair.dims is None or sorted(pair.dims) != sorted(declared) or not fits:
+            return visit(site, tensor)
+        order = [pair.dims.index(name) for name in declared]
+        seen = visit(site, tensor.permute(order))
+        return seen.permute([order.index(i) for i in range(len(order))])
+
     def _parts(self, pair: Paired, output: Tensor, visit: Visit) -> Tensor:
         """Visit the sites that lie side by side in an output; what they came to be, as one."""
-        if pair.dims is not None:
-            declared = (self._around.table.dims(pair.sites[0]) or "").split()
-            order = [pair.dims.index(name) for name in declared]
-            seen = visit(pair.sites[0], output.permute(order))
-            return seen.permute([order.index(i) for i in range(len(order))])
-        if len(pair.sites) == 1:
-            return visit(pair.sites[0], output)
+        if len(pair.sites) == 1 and pair.sites[0] is not None:
+            return self._laid(pair, pair.sites[0], output, visit)
         parts = torch.split(output, self._widths(pair, output.shape[-1]), dim=-1)
-        seen_parts = [visit(*each) for each in zip(pair.sites, parts, strict=True)]
+        seen_parts = [
+            part if site is None else visit(site, part)
+            for site, part in zip(pair.sites, parts, strict=True)
+        ]
         if all(new is old for new, old in zip(seen_parts, parts, strict=True)):
             return output
         return torch.cat(seen_parts, -1)
 
     def _widths(self, pair: Paired, width: int) -> list[int]:
-        modules = [self._around.modules[site] for site in pair.sites]
+        """Of each part; the one that is left out has what remains."""
+        sites = [site for site in pair.sites if site is not None]
+        modules = [self._around.modules[site] for site in sites]
         widths = [len(m.weight) for m in modules if isinstance(m, nn.Linear)]
-        if len(widths) < len(pair.sites) or sum(widths) != width:
+        rest = width - sum(widths)
+        if len(widths) < len(sites) or rest < 0 or bool(rest) == (None not in pair.sites):
             raise SiteError(
-                f"site pairs: {', '.join(pair.sites)} do not lie side by side in {width} channels "
+                f"site pairs: {', '.join(sites)} do not lie side by side in {width} channels "
                 f"of {self.origin}: they have {', '.join(map(str, widths))}"
             )
-        return widths
+        known = iter(widths)
+        return [rest if site is None else next(known) for site in pair.sites]
 
     def _full(self, name: str) -> str:
         """A recorded name as the reference spells it: whole, or behind a module that runs."""
@@ -278,6 +304,19 @@ def _counts_on(one: Pass) -> bool:
     steps = torch.arange(one.num_tokens, device=first.device)
     starts = one.continues is not None or not bool(first.any())
     return starts and bool((one.positions == first + steps).all())
+
+
+def _numbered(visit: Visit) -> Visit:
+    """The same visitor; what it is shown again in a pass is its second call, `name@2`."""
+    times: Counter[str] = Counter()
+
+    def numbered(name: str, tensor: Tensor) -> Tensor:
+        times[name] += 1
+        base, colon, role = name.partition(":")
+        again = f"{AGAIN}{times[name]}" if times[name] > 1 else ""
+        return visit(f"{base}{again}{colon}{role}", tensor)
+
+    return numbered
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

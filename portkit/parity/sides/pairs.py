@@ -8,8 +8,9 @@ weight map's language:
     blocks.{layer}.attn.norm = model.layers.{layer}.self_attn.q_norm  [batch position head channel]
 
 A list of words that the port's name does not bind are sites side by side, in this order, in the
-module's output. Dimensions in brackets are the port's, where it orders them otherwise. A module
-that no line names goes by its own name. Knows names; runs nothing.
+module's output; the word `_` is a part that no site stands for. Dimensions in brackets are the
+port's, where it orders them otherwise; `[output]` says that what goes into the module is no site,
+as of an identity. A module that no line names goes by its own name. Knows names; runs nothing.
 """
 
 from __future__ import annotations
@@ -28,20 +29,26 @@ _LINE = re.compile(r"(?P<port>\S+)\s*=\s*(?P<site>\S+)(?:\s+\[(?P<dims>[a-z ]+)\
 _TAKES = re.compile(r"takes\s*=\s*(.+)")
 _WORDS = re.compile(r"\{([a-z_]+)=([^{}]+)\}")
 _NEAR = 3
+LEFT_OUT, BY_OUTPUT = "_", "output"
+"""A part that no site stands for; a module of which only the output is one."""
 
 
 @dataclass(frozen=True)
 class Paired:
     """What a module's output is: one site, or several side by side in its last dimension."""
 
-    sites: tuple[str, ...]
+    sites: tuple[str | None, ...]
+    """None: a part that is left out."""
     dims: tuple[str, ...] | None = None
     """The port's order of dimensions; None: the site's."""
+    by_output: bool = False
+    """What goes into the module is no site."""
 
     @property
     def is_plain(self) -> bool:
         """Its output as it is is the output of one module of the reference."""
-        return len(self.sites) == 1 and self.dims is None and "#" not in self.sites[0]
+        alone = len(self.sites) == 1 and self.dims is None and not self.by_output
+        return alone and "#" not in (self.sites[0] or "#")
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,9 @@ class _Rule:
     port: Template
     site: str
     dims: tuple[str, ...] | None
+    by_output: bool
 
-    def sites(self, bindings: Mapping[str, str]) -> tuple[str, ...]:
+    def sites(self, bindings: Mapping[str, str]) -> tuple[str | None, ...]:
         """The sites of a module under the bindings of its name, in the order of their words."""
         open_words = [
             (name, words.split("|"))
@@ -61,7 +69,9 @@ class _Rule:
         template = Template(self.site)
         names = [name for name, _ in open_words]
         return tuple(
-            template.fill({**bindings, **dict(zip(names, words, strict=True))})
+            None
+            if LEFT_OUT in words
+            else template.fill({**bindings, **dict(zip(names, words, strict=True))})
             for words in product(*(words for _, words in open_words))
         )
 
@@ -98,7 +108,7 @@ class SitePairs:
                 )
             for name, bindings in bound.items():
                 sites = _filled(rule, bindings)
-                for site in sites:
+                for site in filter(None, sites):
                     _check_site(rule, site, table, known)
                     if site in taken:
                         raise SiteError(
@@ -107,7 +117,7 @@ class SitePairs:
                     taken[site] = name
                 if name in found:
                     raise SiteError(f"site pairs: two lines name {name}: {rule.line!r} is one")
-                found[name] = Paired(sites, rule.dims)
+                found[name] = Paired(sites, rule.dims, rule.by_output)
         for name in modules:
             if name not in found and name not in taken and name in known and table.dims(name):
                 found[name] = Paired((name,))
@@ -132,13 +142,17 @@ def _rule(line: str) -> _Rule:
         port, _ = Template(read["port"]), Template(read["site"])
     except ValueError as error:
         raise SiteError(f"site pairs: {error}") from error
-    dims = read["dims"]
-    return _Rule(line, port, read["site"], tuple(dims.split()) if dims else None)
+    words = (read["dims"] or "").split()
+    dims = tuple(one for one in words if one != BY_OUTPUT)
+    return _Rule(line, port, read["site"], dims or None, BY_OUTPUT in words)
 
 
-def _filled(rule: _Rule, bindings: Mapping[str, str]) -> tuple[str, ...]:
+def _filled(rule: _Rule, bindings: Mapping[str, str]) -> tuple[str | None, ...]:
     try:
-        return rule.sites(bindings)
+        sites = rule.sites(bindings)
+        if sites.count(None) > 1 or not any(sites):
+            raise SiteError(f"site pairs: {rule.line!r}: one part may be left out, and not all")
+        return sites
     except KeyError as error:
         raise SiteError(
             f"site pairs: {rule.line!r}: {{{error.args[0]}}} stands on the right alone"
