@@ -5,7 +5,6 @@ Knows the names of the files and how to write them safely. Knows no model and no
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from portkit.errors import ExportError
+from portkit.shown import as_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -94,7 +94,7 @@ def write_weights(
 
 def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """Write one of the layout's small files, as readable as the Hub's own."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = as_json(content, indent=2, allow_nan=True) + "\n"
     (folder / name).write_text(text, encoding="utf-8")
 
 

@@ -307,6 +307,30 @@ def test_without_floors_a_difference_is_inconclusive(
     )
 
 
+def test_words_of_a_trace_are_printable_wherever_they_come(
+    recorded: Recorder, tmp_path: Path, run: Run
+) -> None:
+    nasty = "x\x1b[2J\nexact: forged\r\u202e\x9b1m\u2028\ufffe\ud800"
+    spelled = r"x\x1b[2J\nexact: forged\r\u202e\x9b1m\u2028\ufffe\ud800"
+    sound = recorded("gemma3 shallow", torch.bfloat16)
+    tensors, described = parts(sound)
+    described |= dict.fromkeys(("model", "engine", "revision", "experts", "cache", "cast"), nasty)
+    described["versions"] = {nasty: nasty}
+    foreign = written(tmp_path / "foreign", tensors, described)
+    code, plain, _ = run("diff", sound, sound)
+    assert code == 0
+    code, out, _ = run("diff", sound, foreign)
+    assert (code, out.count("\n")) == (0, plain.count("\n"))
+    assert all(line.isprintable() for line in out.split("\n"))
+    assert f"  B: {spelled} by {spelled} in bfloat16\n" in out
+    code, out, _ = run("diff", sound, foreign, "--json")
+    assert code == 0
+    assert out.removesuffix("\n").isprintable()
+    told = json.loads(out)["traces"][1]
+    exact = nasty.replace("\ud800", r"\ud800")
+    assert (told["model"], told["engine"], told["versions"]) == (exact, exact, {exact: exact})
+
+
 def test_what_only_one_has_is_listed(recorded: Recorder, tmp_path: Path, run: Run) -> None:
     path = recorded("gemma3 shallow", torch.bfloat16)
     tensors, described = parts(path)

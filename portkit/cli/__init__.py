@@ -38,6 +38,7 @@ from portkit.cli import (
     record,
     train,
 )
+from portkit.cli.output import say
 from portkit.errors import PortkitError
 
 INTERNAL_ERROR, INTERRUPTED = 70, 130
@@ -126,9 +127,7 @@ def _end_badly(error: BaseException) -> int:
 
 
 def _say_error(message: str, code: int) -> int:
-    # Names out of foreign files may hold what a terminal would obey.
-    shown = (c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    print("portkit: error: " + "".join(shown), file=sys.stderr)
+    say(f"portkit: error: {' '.join(message.split())}", aside=True)
     return code
 
 

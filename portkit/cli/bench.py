@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import human_bytes, print_json, progress_bar
+from portkit.cli.output import human_bytes, print_json, progress_bar, say
 from portkit.columns import table
 from portkit.errors import BenchError
 
@@ -118,9 +118,10 @@ def decode(
             results=results,
         )
     else:
-        print(f"{_hardware(plan)}, reads at best {human_bytes(bandwidth)}/s")
+        say(f"{_hardware(plan)}, reads at best {human_bytes(bandwidth)}/s")
         lines = table([_HEADINGS, *(_words(row, bandwidth) for row in rows)]).splitlines()
-        print("\n".join([*lines, *_losses(rows)]))
+        for line in (*lines, *_losses(rows)):
+            say(line)
     if plot:
         from portkit.bench.plotting import plot_speeds
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import coloured, human_bytes, plural, print_json
+from portkit.cli.output import coloured, human_bytes, plural, print_json, say_more
 from portkit.columns import table
 from portkit.envelope import envelope
 
@@ -207,7 +207,7 @@ def _tell(loaded: LoadedModel, aloud: bool) -> tuple[str, float]:
         num_tokens += 1
         pieces.append(step.text)
         if aloud:
-            print(step.text, end="", flush=True)
+            say_more(step.text)
     if aloud:
         print()
     return "".join(pieces), num_tokens / (time.perf_counter() - started)

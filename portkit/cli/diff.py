@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from portkit.cli import options, parity
-from portkit.cli.output import print_json
+from portkit.cli.output import print_json, say
+from portkit.shown import shown
 
 Trace = Annotated[Path, typer.Argument(metavar="A", help="The trace that is held to be right.")]
 Other = Annotated[Path, typer.Argument(metavar="B", help="The trace that is held against it.")]
@@ -50,10 +51,11 @@ def command(
             only=[found.only_in_first, found.only_in_second],
         )
     else:
-        print(f"{parity.coloured_verdict(found.result.verdict)}: {second} against {first}")
+        verdict = parity.coloured_verdict(found.result.verdict)
+        print(f"{verdict}: {shown(f'{second} against {first}')}")
         for name, one in zip("AB", (each.provenance for each in traces), strict=True):
-            print(f"  {name}: {one.model} by {one.engine} in {one.dtype}")
+            say(f"  {name}: {one.model} by {one.engine} in {one.dtype}")
         if found.first_difference:
-            print(f"  the first site that differs is {found.first_difference}")
+            say(f"  the first site that differs is {found.first_difference}")
         parity.print_report(found.result)
     parity.exit_by(found.result.verdict, gate)

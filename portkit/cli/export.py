@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import human_bytes, plural, print_json, progress_bar
+from portkit.cli.output import human_bytes, plural, print_json, progress_bar, say
 
 
 def command(
@@ -61,7 +61,7 @@ def command(
             directory=str(directory),
         )
         return
-    print(
+    say(
         f"wrote  {directory}: {written}, "
         f"{plural(loaded.config.num_hidden_layers, 'layer')}, "
         f"{loaded.report.parameters:,} parameters, {human_bytes(num_bytes)}"

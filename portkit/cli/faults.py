@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from portkit.cli import options, parity
-from portkit.cli.output import plural, print_json
+from portkit.cli.output import plural, print_json, say
 from portkit.columns import table
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def command(
     if json:
         print_json("faults", gate=passing, probe=probe.name, **fates.as_fields(found))
     else:
-        print(f"{repo}: the {probe.name} probe at the gate {passing} {found.line}")
+        say(f"{repo}: the {probe.name} probe at the gate {passing} {found.line}")
         _print(found)
     if any((one.survived or "").startswith("beyond") for one in found.survived):
         raise typer.Exit(3)
@@ -84,10 +84,10 @@ def _print(found: Teeth) -> None:
     ]
     print(f"\n{table([HEADINGS, *rows])}")
     for one in found.survived:
-        print(f"survived: {one.fault.id} ({one.survived})")
+        say(f"survived: {one.fault.id} ({one.survived})")
     print("\nfields of the config, and where another value of each is seen:")
     for field in found.config:
-        print(f"  {field.field}: {'not seen: ' if field.seen is False else ''}{field.by}")
+        say(f"  {field.field}: {'not seen: ' if field.seen is False else ''}{field.by}")
     others = [one.fault.id for one in found.fates if not one.applies]
     print(f"\n{plural(len(others), 'fault')} not applicable to this model and dtype:")
-    print("  " + ", ".join(others))
+    say("  " + ", ".join(others))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import plural, print_json
+from portkit.cli.output import plural, print_json, say, say_more
 from portkit.errors import GenerationError, TokenizerError
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _with_engine(
 
 
 def _note(line: str) -> None:
-    print(f"portkit: note: {line}", file=sys.stderr)
+    say(f"portkit: note: {line}", aside=True)
 
 
 class _Run:
@@ -230,7 +230,7 @@ class _Run:
                 self.texts[step.row] += step.text
                 self.finish_reasons[step.row] = step.finish_reason
                 if self.streaming:
-                    print(step.text, end="", flush=True)
+                    say_more(step.text)
         finally:
             if self.streaming and any(self.texts):
                 print(flush=True)
@@ -263,7 +263,8 @@ class _Run:
 
     def print_texts(self, prompts: Sequence[str]) -> None:
         for prompt, text in zip(prompts, self.texts, strict=True):
-            print(f"==> {' '.join(prompt.split())[:60]} <==\n{text}\n")
+            say(f"==> {' '.join(prompt.split())[:60]} <==")
+            say_more(f"{text}\n\n")
 
     def say(self, seed: int | None, context_length: int, *, verbose: bool) -> None:
         if "context" in self.finish_reasons:

@@ -6,7 +6,6 @@ Knows which formats there are and how the outcome reads. The formats are in `por
 from __future__ import annotations
 
 import shlex
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,7 @@ from typing import Annotated
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import human_bytes, plural, print_json
+from portkit.cli.output import human_bytes, plural, print_json, say
 
 
 class Format(StrEnum):
@@ -49,7 +48,7 @@ def command(
     imported = import_llama2c(file, directory, tokenizer=tokenizer, rope_theta=rope_theta)
     header = imported.header
     for note in imported.notes:
-        print(f"portkit: note: {note}", file=sys.stderr)
+        say(f"portkit: note: {note}", aside=True)
     if json:
         print_json(
             "import",
@@ -62,17 +61,17 @@ def command(
             directory=str(directory),
         )
         return
-    print(
+    say(
         f"read   {file}: {format} {header.source_format}, {imported.parameters:,} parameters, "
         f"{plural(header.num_hidden_layers, 'layer')}, {'tied' if header.tied else 'untied'} head"
     )
-    print(
+    say(
         f"wrote  {directory}: {plural(imported.tensors, 'tensor')}, "
         f"{human_bytes(imported.weight_bytes)} in float32, "
         + (f"tokenizer of {plural(header.vocab_size, 'piece')}" if tokenizer else "no tokenizer")
     )
     folder = shlex.quote(str(directory))
     if tokenizer:
-        print(f'next   portkit generate {folder} -p "Once upon a time"')
+        say(f'next   portkit generate {folder} -p "Once upon a time"')
     else:
-        print(f"next   portkit load {folder} (for text, import again with --tokenizer FILE)")
+        say(f"next   portkit load {folder} (for text, import again with --tokenizer FILE)")

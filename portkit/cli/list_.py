@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from portkit.cli import options
-from portkit.cli.output import print_json
+from portkit.cli.output import print_json, say
 from portkit.columns import table
 
 
@@ -17,4 +17,5 @@ def command(json: options.Json = False) -> None:
         print_json("list", families=families, variants=list(variants()))
         return
     print(table([("model_type", "what", "where"), *found]))
-    print(f"\nto train from scratch: {', '.join(variants())}")
+    print()
+    say(f"to train from scratch: {', '.join(variants())}")

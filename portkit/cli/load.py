@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import human_bytes, plural, print_json, progress_bar
+from portkit.cli.output import human_bytes, plural, print_json, progress_bar, say
 from portkit.columns import table
 
 if TYPE_CHECKING:
@@ -156,12 +155,12 @@ def _print_plan(blueprint: Blueprint, json: bool) -> None:
     rows += [(tied.parameter, "tie", "", "", tied.to, "") for tied in plan.tied]
     print(table(rows))
     for line in _dropped_lines(plan.dropped):
-        print(f"dropped: {line}")
-    print(
+        say(f"dropped: {line}")
+    say(
         f"complete: {plural(sum(len(claim.sources) for claim in plan.claims), 'tensor')} for "
         f"{blueprint.num_parameters:,} parameters of {blueprint.architecture.model_type}; "
         "nothing was read",
-        file=sys.stderr,
+        aside=True,
     )
 
 

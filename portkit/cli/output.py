@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,11 +11,22 @@ from typing import Any, Protocol
 import typer
 
 from portkit.envelope import envelope
+from portkit.shown import as_json, prose, shown
 
 
 def print_json(command: str, **fields: Any) -> None:
     """Print the one JSON object of a command."""
-    print(json.dumps(envelope(command, **fields), ensure_ascii=False, allow_nan=False))
+    print(as_json(envelope(command, **fields)))
+
+
+def say(line: str, *, aside: bool = False) -> None:
+    """Print one line for people, which may hold foreign words; `aside`: on stderr."""
+    print(shown(line), file=sys.stderr if aside else sys.stdout)
+
+
+def say_more(text: str) -> None:
+    """Print a piece of what a model says: as it is, but for what a terminal would obey."""
+    print(prose(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 @contextmanager
@@ -68,7 +78,7 @@ def progress_bar(label: str, length: int) -> Iterator[Advance]:
     ) as bar:
 
         def advance(doing: str = "") -> None:
-            bar.label = f"{label}: {doing}" if doing else label
+            bar.label = shown(f"{label}: {doing}") if doing else label
             bar.update(1)
 
         yield advance

@@ -19,6 +19,7 @@ from portkit.cli.output import coloured, plural, print_json, stdout_kept
 from portkit.envelope import envelope
 from portkit.errors import ProbeError, SiteError
 from portkit.json_reading import parse, read_text
+from portkit.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -237,7 +238,8 @@ def command(
         print_json("parity", **fields)
     else:
         how = f"{result.comparisons[0].dtype} on {where.type}, {attention}"
-        print(f"{coloured_verdict(result.verdict)}: {repo} in {how}, {plural(threads, 'thread')}")
+        told = shown(f"{repo} in {how}, {plural(threads, 'thread')}")
+        print(f"{coloured_verdict(result.verdict)}: {told}")
         print_report(result)
     exit_by(result.verdict, passing)
 
@@ -354,7 +356,7 @@ def _read_pairs(file: Path, port: str | None, reference: str | None) -> str:
 def tell(line: str) -> None:
     """Show what is being done, where a person looks on."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{shown(line)}", end="", file=sys.stderr, flush=True)
 
 
 def coloured_verdict(verdict: str) -> str:

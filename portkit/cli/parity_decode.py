@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from portkit.cli.output import plural, print_json
+from portkit.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,8 @@ def show(result: DecodeParity, asked: dict[str, Any], verdict: str, *, json: boo
         print_json("parity", **asked["printed"], **words.as_fields(result))
     else:
         where = f"{asked['repo']} on {asked['printed']['device']}, {asked['attention']}"
-        print(f"{verdict}: decoding {where}, {plural(asked['printed']['threads'], 'thread')}")
+        threads = plural(asked["printed"]["threads"], "thread")
+        print(f"{verdict}: {shown(f'decoding {where}, {threads}')}")
         print("\n".join(words.text(result)))
     if not result.holds(asked["printed"]["gate"]):
         raise typer.Exit(1)

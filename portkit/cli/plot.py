@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import print_json
+from portkit.cli.output import print_json, say
 
 
 def command(
@@ -26,4 +26,4 @@ def command(
     if json:
         print_json("plot", image=str(image))
     else:
-        print(f"wrote {image}")
+        say(f"wrote {image}")

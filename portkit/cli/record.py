@@ -5,7 +5,6 @@ Knows options and streams; what they mean is in `portkit.parity.traces.recording
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from typing import Annotated
 import typer
 
 from portkit.cli import options, parity
-from portkit.cli.output import human_bytes, plural, print_json
+from portkit.cli.output import human_bytes, plural, print_json, say
 from portkit.envelope import versions
 
 
@@ -114,12 +113,12 @@ def command(
     def expect(num_bytes: int) -> None:
         expected.append(num_bytes)
         parity.tell("")
-        print(f"{out}: about {human_bytes(num_bytes)}", file=sys.stderr)
+        say(f"{out}: about {human_bytes(num_bytes)}", aside=True)
 
     found = record(Order(question, engine, keep, versions()), out, parity.tell, expect)
     parity.tell("")
     for name in found.not_finite[:3]:
-        print(f"note: {name} holds NaN", file=sys.stderr)
+        say(f"note: {name} holds NaN", aside=True)
     written = TraceFile(out)
     if json:
         print_json(
@@ -137,7 +136,7 @@ def command(
             not_finite=found.not_finite,
         )
         return
-    print(
+    say(
         f"{out}: {human_bytes(written.num_bytes)}, {plural(len(written.sites), 'site')} in "
         f"{len(written.probe)} passes of {engine} in {written.provenance.dtype}"
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from portkit.cli import options, training_options
 from portkit.cli.output import human_bytes, print_json
+from portkit.shown import prose, shown
 
 if TYPE_CHECKING:
     from portkit.training.run import Outcome
@@ -162,9 +163,9 @@ class _Narrator:
                     f"token, {record['bits_per_byte']:.4f} bits per byte"
                 )
             case "sample":
-                self._say(f"step {record['step']}: {record['text']}")
+                self._say(f"step {record['step']}: {prose(record['text'])}")
             case "note":
-                self._say(f"note: {record['text']}")
+                self._say(shown(f"note: {record['text']}"))
 
     def _progress(self, line: str) -> None:
         now = time.monotonic()

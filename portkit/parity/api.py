@@ -28,6 +28,7 @@ from portkit.parity.prove import prove
 from portkit.parity.question import Question
 from portkit.parity.reports import report, schema, summary
 from portkit.parity.result import ParityResult
+from portkit.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +95,8 @@ class Result(ParityResult):
         return Path(directory) / "report.html"
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.verdict}: {self.repo}, gate {self.gate}", *summary.text(self)])
+        first = shown(f"{self.verdict}: {self.repo}, gate {self.gate}")
+        return "\n".join([first, *summary.text(self)])
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"

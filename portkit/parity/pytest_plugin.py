@@ -53,7 +53,9 @@ def assert_parity(request: pytest.FixtureRequest) -> Callable[..., Result]:
                 folder = Path(chosen) / (name if num_asked == 1 else f"{name}-{num_asked}")
                 where = f"\nreport: {result.report(folder)}"
         except PortkitError as error:
-            pytest.fail(f"portkit: {error}", pytrace=False)
+            from portkit.shown import shown
+
+            pytest.fail(f"portkit: {shown(str(error))}", pytrace=False)
         if not result.holds:
             pytest.fail(f"{result}{where}", pytrace=False)
         return result

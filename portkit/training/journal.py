@@ -14,6 +14,7 @@ from typing import Any
 
 from portkit.errors import TrainingError
 from portkit.json_reading import parse_object, read_object
+from portkit.shown import as_json
 
 RUN, LINES = "run.json", "run.jsonl"
 
@@ -77,4 +78,4 @@ def series(records: Iterable[Mapping[str, Any]], event: str, key: str) -> list[t
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return as_json(record, allow_nan=True) + "\n"

@@ -13,6 +13,7 @@ from portkit.parity.decoding.matrix import Cell, Matrix
 from portkit.parity.decoding.proof import DecodeParity
 from portkit.parity.judging.judge import Verdict
 from portkit.parity.probes.probe import as_json
+from portkit.shown import shown
 
 _HEADINGS = ("way", "bits", "reference", "error", "of floor", "float64", "tokens", "verdict")
 _LEGEND = (
@@ -28,9 +29,10 @@ def text(result: DecodeParity) -> list[str]:
         lines += ["", *_matrix(matrix)]
     lines += ["", _LEGEND]
     lines += [f"note: {one}" for one in result.notes]
-    shown = {cell.way for matrix in result.matrices for cell in matrix.cells if cell.not_run}
-    unseen = [one for one in result.not_verified if one.name not in shown]
-    return lines + [f"not verified: {one.name} ({one.reason})" for one in unseen]
+    told = {cell.way for matrix in result.matrices for cell in matrix.cells if cell.not_run}
+    unseen = [one for one in result.not_verified if one.name not in told]
+    lines += [f"not verified: {one.name} ({one.reason})" for one in unseen]
+    return [shown(line) for line in lines]
 
 
 def _matrix(matrix: Matrix) -> list[str]:

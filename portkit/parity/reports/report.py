@@ -6,7 +6,6 @@ safely; the page is `report_page`'s, the words are `summary`'s, the object is th
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,8 @@ from portkit.parity.judging.judge import Judgement, Verdict
 from portkit.parity.judging.ledger import SiteAccount
 from portkit.parity.reports import report_page, summary
 from portkit.parity.result import Comparison, ParityResult
+from portkit.shown import as_json, shown
 
-_NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~&@])")
 
 
@@ -53,7 +52,7 @@ def write(directory: Path, result: ParityResult, asked: Asked) -> None:
     """Write the four files; those of an earlier report are replaced. Raises `ReportError`."""
     open_folder(directory)
     files = {
-        "parity.json": json.dumps(asked.printed, ensure_ascii=False, allow_nan=False) + "\n",
+        "parity.json": as_json(asked.printed) + "\n",
         "junit.xml": junit(result, asked),
         "summary.md": markdown(result, asked),
         "report.html": report_page.page(result, asked.repo, asked.command, asked.printed),
@@ -61,8 +60,7 @@ def write(directory: Path, result: ParityResult, asked: Asked) -> None:
     for name, text in files.items():
         partial = directory / f".{name}.{uuid4().hex}"
         try:
-            # Half a surrogate pair, as JSON may hold, becomes what JSON itself writes for it.
-            partial.write_bytes(text.encode("utf-8", "backslashreplace"))
+            partial.write_bytes(text.encode())
             partial.replace(directory / name)
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -75,7 +73,7 @@ def junit(result: ParityResult, asked: Asked) -> str:
     A case fails where the gate does not let it through. What was not verified is a suite of its
     own: skipped, or an error where the verdict is inconclusive for it.
     """
-    root = ElementTree.Element("testsuites", name=_xml(f"portkit parity {asked.repo}"))
+    root = ElementTree.Element("testsuites", name=shown(f"portkit parity {asked.repo}"))
     causes = summary.causes(asked.printed)
     gate_is_exact = str(asked.printed["gate"]) == "exact"
     suites = [(one.dtype, one) for one in result.comparisons]
@@ -88,27 +86,27 @@ def junit(result: ParityResult, asked: Asked) -> str:
             unequal = [one for one in members if one.verdict is not Verdict.exact]
             if not unequal:
                 said = f"{group}: all of {len(members)} equal in every bit"
-                ElementTree.SubElement(suite, "testcase", classname=_xml(group), name=_xml(said))
+                ElementTree.SubElement(suite, "testcase", classname=shown(group), name=shown(said))
             for one in unequal:
                 case = ElementTree.SubElement(
-                    suite, "testcase", classname=_xml(group), name=_xml(one.site)
+                    suite, "testcase", classname=shown(group), name=shown(one.site)
                 )
                 if one.verdict is Verdict.diverged or gate_is_exact:
                     cause = summary.said_cause(causes.get((comparison.dtype, one.site)))
                     said = _said(comparison.accounts[one.site], one)
                     said = f"{cause} ({said})" if cause else said
                     failure = ElementTree.SubElement(case, "failure", type=str(one.verdict))
-                    failure.set("message", _xml(said))
-                    failure.text = _xml("\n".join([said, *_values(comparison, one)]))
+                    failure.set("message", shown(said))
+                    failure.text = "\n".join(map(shown, [said, *_values(comparison, one)]))
         _count(suite)
     if result.not_verified:
         suite = ElementTree.SubElement(root, "testsuite", name="not verified")
         for left_out in result.not_verified:
             case = ElementTree.SubElement(
-                suite, "testcase", classname="not verified", name=_xml(left_out.name)
+                suite, "testcase", classname="not verified", name=shown(left_out.name)
             )
             kind = "error" if left_out.was_meant else "skipped"
-            reason = ElementTree.SubElement(case, kind, message=_xml(left_out.reason))
+            reason = ElementTree.SubElement(case, kind, message=shown(left_out.reason))
             if left_out.was_meant:
                 reason.set("type", "inconclusive")
         _count(suite)
@@ -155,8 +153,8 @@ def markdown(result: ParityResult, asked: Asked) -> str:
             lines += ["", f"### {comparison.dtype}", ""]
             lines += _markdown_table([summary.HEADINGS, *summary.layer_rows(comparison)])
     for title, code in (
-        ("What diverged", "\n".join(summary.details(result))),
-        ("Again", asked.command),
+        ("What diverged", "\n".join(map(shown, summary.details(result)))),
+        ("Again", shown(asked.command)),
     ):
         if code:
             # Indented, so that no content can end it.
@@ -170,11 +168,7 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
-
-
-def _xml(text: str) -> str:
-    return _NOT_XML.sub("\ufffd", text)
+    return _MARKDOWN.sub(r"\\\1", shown(" ".join(text.split())))
 
 
 def _refused(path: Path, error: OSError) -> ReportError:

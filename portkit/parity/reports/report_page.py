@@ -27,6 +27,7 @@ from portkit.parity.reports.detail import (
 )
 from portkit.parity.reports.pictures import Bars, Lines, bars, lines
 from portkit.parity.result import Comparison, ParityResult
+from portkit.shown import shown
 
 _LEVELS = (FLOOR_FACTOR, 10.0, 1e2, 1e4)
 """Bounds, as multiples of the floor, between the shades of an error."""
@@ -73,6 +74,7 @@ def page(result: ParityResult, repo: str, command: str, printed: Mapping[str, An
     environment = Environment(
         loader=PackageLoader("portkit.parity.reports", "."),
         autoescape=True,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -100,6 +102,11 @@ def page(result: ParityResult, repo: str, command: str, printed: Mapping[str, An
             for one in result.comparisons
         ],
     )
+
+
+def _printable(value: Any) -> Any:
+    """Foreign words as they are shown everywhere; what is markup already stays."""
+    return shown(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _maps(comparison: Comparison) -> list[_Map]:

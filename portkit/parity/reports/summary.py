@@ -25,6 +25,7 @@ from portkit.parity.judging.judge import (
 from portkit.parity.judging.ledger import SiteAccount, Worst
 from portkit.parity.result import Comparison, ParityResult
 from portkit.parity.teeth.diagnose import Cause
+from portkit.shown import shown
 
 _OPENED_LAYERS, _OPENED_SITES = 3, 4
 _LAYER = re.compile(r"(.*\blayers)\.(\d+)\b")
@@ -58,11 +59,11 @@ def text(result: ParityResult) -> list[str]:
     lines = [f"  {line}" for line in headline(result)]
     for number, comparison in enumerate(result.comparisons):
         if number == 0 or comparison.verdict is not Verdict.exact:
-            lines += ["", table([HEADINGS, *layer_rows(comparison)])]
+            lines += ["", *table([HEADINGS, *layer_rows(comparison)]).splitlines()]
     for part in (details(result), caveats(result)):
         if part:
             lines += ["", *part]
-    return lines
+    return [shown(line) for line in lines]
 
 
 def headline(result: ParityResult) -> list[str]:

@@ -8,7 +8,6 @@ Tensors are views of the mapped file: of gigabytes only what is looked at is rea
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 from portkit.errors import ProbeError, TraceError
 from portkit.json_reading import parse_object
 from portkit.parity.probes.probe import Pass, Probe, from_json
+from portkit.shown import as_json
 
 FORMAT = 1
 KEY = "portkit.trace"
@@ -182,7 +182,7 @@ def description_of(
             for site, one in floors.items()
         },
     }
-    return json.dumps(described, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return as_json(described, separators=(",", ":"))
 
 
 # -- reading the description ---------------------------------------------------------------------

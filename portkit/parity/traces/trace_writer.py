@@ -7,7 +7,6 @@ or a reader could not map them in place.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from portkit.checkpoint import DTYPES
 from portkit.errors import TraceError
 from portkit.parity.traces.trace_file import KEY
+from portkit.shown import as_json
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _ALIGNMENT = 8
@@ -57,7 +57,7 @@ class TraceWriter:
                 "data_offsets": [offset, offset + end - begin],
             }
             offset += end - begin
-        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        raw = as_json(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % _ALIGNMENT)
         target.write(len(raw).to_bytes(8, "little") + raw)
         for _, _, begin, end in ordered:
