@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from portkit import foreign_layouts
-from portkit.columns import listed
 from portkit.errors import CheckpointError, InvalidConfig, PortkitError
 from portkit.json_reading import parse_object, read_object
 from portkit.plain_pickles import plain_tensors
 from portkit.safetensors_header import LENGTH_BYTES, MAX_BYTES, header_length
+from portkit.shown import listed
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -1,4 +1,4 @@
-"""Words in columns and in lists, as a terminal or a failing test shows them."""
+"""Words in columns, as a terminal or a failing test shows them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,3 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     )
     return "\n".join(lines)
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

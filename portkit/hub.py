@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portkit.errors import CheckpointError, HubError, PortkitError
-from portkit.hub_answers import NoName, no_paths, refuse_path
+from portkit.hub_answers import no_paths, refuse_path
 from portkit.safetensors_header import LENGTH_BYTES, MAX_BYTES, header_length
 
 if TYPE_CHECKING:
@@ -283,8 +283,6 @@ def _explain(files: RemoteFiles, name: str, error: Exception) -> str:
         RevisionNotFoundError,
     )
 
-    if isinstance(error, NoName):
-        return str(error)
     if isinstance(error, LocalEntryNotFoundError):
         return _explain_uncached(files, name, files._unreachable or error.__cause__ or error)
     if isinstance(error, RevisionNotFoundError):

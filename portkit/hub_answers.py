@@ -11,20 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from portkit.errors import HubError
+
 _NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+=-]{0,199}")
 
 
-class NoName(Exception):
-    """A word of a Hub's is no plain name; says which, and what to do."""
-
-
 def refuse_path(what: str, answered: str | None) -> None:
-    """Raises `NoName` on a word of a Hub's that is none."""
+    """Raises `HubError` on a word of a Hub's that is no plain name."""
     if answered is None or _NAME.fullmatch(answered):
         return
     from huggingface_hub.constants import ENDPOINT
 
-    raise NoName(
+    raise HubError(
         f"{ENDPOINT} answers with the {what} {answered!r:.80}, which is no name for a file in the "
         "cache: do not trust it; see that HF_ENDPOINT is right"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -33,6 +33,12 @@ def as_json(value: Any, **style: Any) -> str:
     style = {"ensure_ascii": False, "allow_nan": False, **style}
     lines = json.dumps(value, **style).split("\n")
     return "\n".join(_spelled(line, _in_json) for line in lines)
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _in_json(character: str) -> str:

@@ -36,7 +36,7 @@ FLOORS = {
     "portkit.checking": 2,
     "portkit.config": 1,
     "portkit.checkpoint": 1,
-    "portkit.hub": 1,
+    "portkit.hub": 2,
     "portkit.layout": 1,
     "portkit.weights": 1,
     "portkit.nn": 1,
@@ -49,7 +49,7 @@ FLOORS = {
     "portkit.plain_pickles": 0,
     "portkit.safetensors_header": 0,
     "portkit.shown": 0,
-    "portkit.hub_answers": 0,
+    "portkit.hub_answers": 1,
 }
 NO_FAMILY = ("google/gemma-3-270m", "llama2.c", "llama2c", "llama3", "llama.cpp", "llama_cpp")
 """An example, a file format, a rotary rule, a program: named after a family, and none."""

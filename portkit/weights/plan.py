@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from portkit.columns import listed
 from portkit.errors import Mismatch
+from portkit.shown import listed
 from portkit.weights.rules import (
     Drop,
     Moving,
