@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portkit.architecture import Architecture, CausalLM, Site
-from portkit.config import ConfigReader, check_heads, default_head_dim
+from portkit.config import (
+    ConfigReader,
+    by_period,
+    check_heads,
+    default_head_dim,
+    read_attention_bias,
+    read_rope,
+    read_sliding_layers,
+)
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
 from portkit.nn.mlp import GatedMLP
@@ -72,34 +80,36 @@ def read_config(reader: ConfigReader) -> Cohere2Config:
         max_position_embeddings=max_positions,
         layer_norm_eps=reader.number("layer_norm_eps", 1e-5),
         tie_word_embeddings=reader.flag("tie_word_embeddings", True),
-        attention_bias=reader.flag("attention_bias", False),
+        attention_bias=read_attention_bias(reader),
         logit_scale=reader.number("logit_scale", 0.0625),
         sliding_window=reader.size("sliding_window", 4096, minimum=2),
         layer_types=read_layer_types(reader, num_layers),
-        rope_parameters=RopeParameters(**reader.rope(10000.0, max_positions)),
+        rope_parameters=RopeParameters(**read_rope(reader, 10000.0, max_positions)),
     )
     reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
     # Released files describe the block in words of their own, which the reference does not read.
     reader.pin("use_parallel_block", True, because="attention and feed-forward are parallel")
     reader.pin("use_gated_activation", True, because="the feed-forward is gated")
-    reader.pin("use_qk_norm", False, because="queries and keys are not normalised")
     reader.pin("position_embedding_type", "rope_gptj", because="neighbouring channels are paired")
-    reader.pin("rotary_pct", 1.0, because="every channel of a head is rotated")
     reader.bookkeeping("use_embedding_sharing", "use_parallel_embedding")
+    reader.pin("rope_interleaved", True, because="neighbouring channels are paired")
+    reader.lacks("head norms", "several positions", "biases of the feed-forward", "shared experts")
+    reader.lacks("slices", "caps", "bidirectional layers")
     check_heads(reader.where, num_heads, config.num_key_value_heads, config.head_dim)
     return config
 
 
 def read_layer_types(reader: ConfigReader, num_layers: int) -> tuple[str, ...]:
-    """Explicit types win; else every `sliding_window_pattern`-th layer sees everything."""
-    explicit = reader.words("layer_types", num_layers, (FULL, SLIDING))
-    older = reader.size("sliding_window_pattern", 4)
-    pattern = reader.size("_sliding_window_pattern", older)
-    reader.pin("layer_switch", pattern, because="sliding_window_pattern says the same")
+    """As a list or a period says, sliding layers first; `layer_switch` is the period once more."""
+    found = read_sliding_layers(reader, num_layers, 4, FULL, SLIDING)
     reader.pin("order_of_interleaved_layers", "local_attn_first", because="sliding layers lead")
-    if explicit is not None:
-        return explicit
-    return tuple(SLIDING if (i + 1) % pattern else FULL for i in range(num_layers))
+    switch = reader.size("layer_switch", None)
+    if switch is not None and by_period(num_layers, switch, FULL, SLIDING) != found:
+        raise reader.contradiction(
+            f"layer_switch is {switch}, and layer_types, or else sliding_window_pattern, has full "
+            "layers elsewhere: keep what was published with the weights"
+        )
+    return found
 
 
 class Attention(nn.Module):

@@ -24,7 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from portkit.architecture import Architecture, CausalLM, Site
-from portkit.config import ConfigReader, check_heads
+from portkit.config import (
+    ConfigReader,
+    check_heads,
+    read_attention_bias,
+    read_rope_by_layer_type,
+    read_sliding_layers,
+)
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
 from portkit.nn.embedding import ScaledEmbedding
@@ -64,7 +70,8 @@ def read_config(reader: ConfigReader) -> Gemma3Config:
     # Defaults are the family's own: released files of the larger models leave much unsaid.
     max_positions = reader.size("max_position_embeddings", 131072)
     num_layers = reader.size("num_hidden_layers", maximum=4096)
-    rope = reader.rope_by_layer_type(
+    rope = read_rope_by_layer_type(
+        reader,
         default_thetas={FULL: 1e6, SLIDING: 1e4},
         legacy_theta_keys={FULL: "rope_theta", SLIDING: "rope_local_base_freq"},
         scaled=FULL,
@@ -83,31 +90,23 @@ def read_config(reader: ConfigReader) -> Gemma3Config:
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=reader.flag("tie_word_embeddings", True),
-        attention_bias=reader.flag("attention_bias", False),
+        attention_bias=read_attention_bias(reader),
         query_pre_attn_scalar=reader.number("query_pre_attn_scalar", 256.0),
         sliding_window=reader.size("sliding_window", 4096, minimum=2),
-        layer_types=read_layer_types(reader, num_layers),
+        layer_types=read_sliding_layers(reader, num_layers, 6, FULL, SLIDING),
         final_logit_softcapping=reader.number("final_logit_softcapping", None),
         rope_parameters={kind: RopeParameters(**given) for kind, given in rope.items()},
     )
     for key in ("hidden_activation", "hidden_act"):
         reader.pin(key, "gelu_pytorch_tanh", because="the feed-forward is gated by this GELU")
     reader.pin("attn_logit_softcapping", because="the reference stores it and never applies it")
-    reader.pin("use_bidirectional_attention", False, because="the port is causal")
+    reader.pin("use_qk_norm", True, because="queries and keys are normalised in any case")
+    reader.lacks("neighbouring pairs", "several positions", "biases of the feed-forward")
+    reader.lacks("shared experts", "slices", "bidirectional layers")
     check_heads(
         reader.where, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     )
     return config
-
-
-def read_layer_types(reader: ConfigReader, num_layers: int) -> tuple[str, ...]:
-    """Explicit types win; else every `sliding_window_pattern`-th layer sees everything."""
-    explicit = reader.words("layer_types", num_layers, (FULL, SLIDING))
-    older = reader.size("sliding_window_pattern", 6)
-    pattern = reader.size("_sliding_window_pattern", older)
-    if explicit is not None:
-        return explicit
-    return tuple(SLIDING if (i + 1) % pattern else FULL for i in range(num_layers))
 
 
 def read_multimodal_config(reader: ConfigReader) -> Gemma3Config:
@@ -116,7 +115,6 @@ def read_multimodal_config(reader: ConfigReader) -> Gemma3Config:
     text.pin("final_logit_softcapping", because="the multimodal reference does not apply it")
     text.pin("model_type", "gemma3_text", because="no other language model is known in this place")
     config = read_config(text)
-    text.finish()
     # The head is tied by the outer object's word, and it alone.
     tie_word_embeddings = reader.flag("tie_word_embeddings", True)
     reader.bookkeeping(

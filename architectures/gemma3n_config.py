@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from portkit.config import ConfigReader, check_heads
+from portkit.config import (
+    MAX_SIZE,
+    ConfigReader,
+    check_heads,
+    read_attention_bias,
+    read_rope_by_layer_type,
+)
 from portkit.nn.rope import RopeParameters
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -21,8 +27,8 @@ class Gemma3nConfig:
     """The keys of `config.json` that the forward pass depends on."""
 
     vocab_size: int
-    pad_token_id: int
-    """Its rows in both embeddings get no gradient."""
+    pad_token_id: int | None
+    """Its rows in both embeddings, counted from the end where negative, get no gradient."""
     vocab_size_per_layer_input: int
     """Rows of the per-layer embeddings; a token beyond them has row 0's."""
     hidden_size: int
@@ -57,7 +63,8 @@ class Gemma3nConfig:
 def read_config(reader: ConfigReader) -> Gemma3nConfig:
     max_positions = reader.size("max_position_embeddings", 32768)
     num_layers = reader.size("num_hidden_layers", maximum=4096)
-    rope = reader.rope_by_layer_type(
+    rope = read_rope_by_layer_type(
+        reader,
         default_thetas={FULL: 1e6, SLIDING: 1e4},
         legacy_theta_keys={FULL: "rope_theta", SLIDING: "rope_local_base_freq"},
         scaled=FULL,
@@ -65,7 +72,7 @@ def read_config(reader: ConfigReader) -> Gemma3nConfig:
     )
     config = Gemma3nConfig(
         vocab_size=reader.size("vocab_size", 262400),
-        pad_token_id=reader.size("pad_token_id", 0, minimum=0),
+        pad_token_id=reader.size("pad_token_id", 0, null=None, minimum=-MAX_SIZE),
         vocab_size_per_layer_input=reader.size("vocab_size_per_layer_input", 262144),
         hidden_size=reader.size("hidden_size"),
         hidden_size_per_layer_input=reader.size("hidden_size_per_layer_input", 256),
@@ -77,7 +84,7 @@ def read_config(reader: ConfigReader) -> Gemma3nConfig:
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=reader.flag("tie_word_embeddings", True),
-        attention_bias=reader.flag("attention_bias", False),
+        attention_bias=read_attention_bias(reader),
         sliding_window=reader.size("sliding_window", 512, minimum=2),
         layer_types=reader.words("layer_types", num_layers, (FULL, SLIDING))
         or tuple(SLIDING if (i + 1) % 5 else FULL for i in range(num_layers)),
@@ -94,6 +101,10 @@ def read_config(reader: ConfigReader) -> Gemma3nConfig:
     for key in ("hidden_activation", "hidden_act"):
         reader.pin(key, "gelu_pytorch_tanh", because="the feed-forward is gated by this GELU")
     reader.bookkeeping("altup_coef_clip", "altup_lr_multiplier")
+    reader.pin("use_qk_norm", True, because="queries and keys are normalised in any case")
+    reader.lacks("neighbouring pairs", "several positions", "biases of the feed-forward")
+    reader.lacks("shared experts", "slices", "bidirectional layers")
+    reader.pin("attn_logit_softcapping", because="scores are not capped")
     check_heads(
         reader.where, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     )
@@ -103,7 +114,8 @@ def read_config(reader: ConfigReader) -> Gemma3nConfig:
 
 def check_streams(reader: ConfigReader, config: Gemma3nConfig) -> None:
     """The active stream is one of them, and each layer without keys finds some to share."""
-    if config.pad_token_id >= min(config.vocab_size, config.vocab_size_per_layer_input):
+    num_rows = min(config.vocab_size, config.vocab_size_per_layer_input)
+    if config.pad_token_id is not None and not -num_rows <= config.pad_token_id < num_rows:
         raise reader.contradiction(
             f"pad_token_id {config.pad_token_id} has no row in embeddings of {config.vocab_size} "
             f"and, by layer, {config.vocab_size_per_layer_input} tokens"
@@ -131,7 +143,6 @@ def read_multimodal_config(reader: ConfigReader) -> Gemma3nConfig:
     text = reader.section("text_config")
     text.pin("model_type", "gemma3n_text", because="no other language model is known in this place")
     config = read_config(text)
-    text.finish()
     reader.bookkeeping(
         "vision_config",
         "audio_config",

@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portkit.architecture import Architecture, CausalLM, Site
-from portkit.config import ConfigReader, check_heads, default_head_dim
+from portkit.config import (
+    ConfigReader,
+    check_heads,
+    default_head_dim,
+    read_attention_bias,
+    read_rope,
+)
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache
 from portkit.nn.mlp import GatedMLP
@@ -65,12 +71,14 @@ def read_config(reader: ConfigReader) -> LlamaConfig:
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        attention_bias=reader.flag("attention_bias", False),
+        attention_bias=read_attention_bias(reader),
         mlp_bias=reader.flag("mlp_bias", False),
-        rope_parameters=RopeParameters(**reader.rope(10000.0, max_positions)),
+        rope_parameters=RopeParameters(**read_rope(reader, 10000.0, max_positions)),
     )
     reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
-    reader.pin("pretraining_tp", 1, because="projections are not sliced")
+    reader.pin("is_llama_config", True, because="another family has a model_type of its own")
+    reader.lacks("windows", "layer types", "head norms", "neighbouring pairs", "several positions")
+    reader.lacks("shared experts", "slices", "caps", "bidirectional layers")
     check_heads(reader.where, num_heads, config.num_key_value_heads, config.head_dim)
     return config
 

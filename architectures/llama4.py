@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portkit.architecture import Architecture, CausalLM, Site
-from portkit.config import ConfigReader, check_heads
+from portkit.config import ConfigReader, check_heads, read_attention_bias, read_rope
 from portkit.nn.attention import (
     LowPrecisionEagerAttention,
     SdpaAttention,
@@ -108,13 +108,14 @@ def read_config(reader: ConfigReader) -> Llama4Config:
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.number("rms_norm_eps", 1e-5),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        attention_bias=reader.flag("attention_bias", False),
-        rope_parameters=RopeParameters(**reader.rope(500000.0, max_positions)),
+        attention_bias=read_attention_bias(reader),
+        rope_parameters=RopeParameters(**read_rope(reader, 500000.0, max_positions)),
     )
     reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
-    reader.bookkeeping(
-        "for_llm_compressor", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise"
-    )
+    reader.pin("rope_interleaved", True, because="neighbouring channels are paired")
+    reader.lacks("windows", "several positions", "biases of the feed-forward", "slices", "caps")
+    reader.lacks("bidirectional layers")
+    reader.bookkeeping("for_llm_compressor", "router_jitter_noise")
     check_heads(
         reader.where, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     )
@@ -150,7 +151,6 @@ def read_multimodal_config(reader: ConfigReader) -> Llama4Config:
     text = reader.section("text_config")
     text.pin("model_type", "llama4_text", because="no other language model is known in this place")
     config = read_config(text)
-    text.finish()
     tied = config.tie_word_embeddings
     reader.pin("tie_word_embeddings", tied, because="text_config says whether the head is tied")
     reader.bookkeeping("vision_config", "boi_token_index", "eoi_token_index", "image_token_index")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portkit.architecture import Architecture, CausalLM, Site
-from portkit.config import ConfigReader, check_heads, default_head_dim
+from portkit.config import ConfigReader, check_heads, default_head_dim, read_rope
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
 from portkit.nn.mlp import GatedMLP
@@ -62,21 +62,20 @@ def read_config(reader: ConfigReader) -> MistralConfig:
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        sliding_window=read_window(reader),
-        rope_parameters=RopeParameters(**reader.rope(10000.0, max_positions)),
+        # Null switches the window off; a file that is silent has the class's.
+        sliding_window=reader.size("sliding_window", 4096, null=None, minimum=2),
+        rope_parameters=RopeParameters(**read_rope(reader, 10000.0, max_positions)),
     )
     reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
-    reader.pin("attention_bias", False, because="the reference's projections have no biases")
-    reader.pin("mlp_bias", False, because="the reference's projections have no biases")
-    reader.pin("layer_types", None, because="sliding_window alone says what layers see")
+    for key in ("attention_bias", "qkv_bias", "mlp_bias"):
+        reader.pin(key, False, because="the reference's projections have no biases")
+    alone = "sliding_window alone says what layers see"
+    reader.pin("layer_types", because=alone)
+    reader.pin("use_sliding_window", config.sliding_window is not None, because=alone)
+    reader.lacks("head norms", "neighbouring pairs", "several positions", "shared experts")
+    reader.lacks("slices", "caps", "bidirectional layers")
     check_heads(reader.where, num_heads, config.num_key_value_heads, config.head_dim)
     return config
-
-
-def read_window(reader: ConfigReader) -> int | None:
-    """Null switches the window off; a file that is silent has the class's 4,096."""
-    window = reader.size("sliding_window", 4096, minimum=2)
-    return None if reader.raw.get("sliding_window", window) is None else window
 
 
 class Attention(nn.Module):

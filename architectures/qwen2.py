@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portkit.architecture import Architecture, CausalLM, Site
-from portkit.config import ConfigReader, check_heads, default_head_dim
+from portkit.config import ConfigReader, check_heads, default_head_dim, read_rope
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
 from portkit.nn.mlp import GatedMLP
@@ -58,19 +58,21 @@ def read_config(reader: ConfigReader) -> Qwen2Config:
         intermediate_size=reader.size("intermediate_size"),
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
-        num_key_value_heads=reader.size("num_key_value_heads", 32),
+        num_key_value_heads=reader.size("num_key_value_heads", 32, null=num_heads),
         head_dim=reader.size("head_dim", None)
         or default_head_dim(reader.where, hidden_size, num_heads),
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        rope_parameters=RopeParameters(**reader.rope(10000.0, max_positions)),
+        rope_parameters=RopeParameters(**read_rope(reader, 10000.0, max_positions)),
         windows=read_windows(reader, num_layers),
     )
     reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
-    reader.pin("use_mrope", False, because="positions are one number a token")
-    reader.pin("attention_bias", True, because="query, key and value have biases in any case")
-    reader.pin("mlp_bias", False, because="the reference's feed-forwards have no biases")
+    for key in ("attention_bias", "qkv_bias"):
+        reader.pin(key, True, because="query, key and value have biases in any case")
+    reader.lacks("head norms", "neighbouring pairs", "several positions", "shared experts")
+    reader.lacks("biases of the feed-forward", "slices", "caps", "bidirectional layers")
+    reader.told("dual_chunk_attention_config", "attention is whole at any length")
     check_heads(reader.where, num_heads, config.num_key_value_heads, config.head_dim)
     return config
 
@@ -81,8 +83,8 @@ def read_windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...
     Explicit `layer_types` win; else the layers from `max_window_layers` on slide, if any may.
     """
     slides = reader.flag("use_sliding_window", False)
-    window = reader.size("sliding_window", 4096, minimum=2)
-    slides = slides and reader.raw.get("sliding_window", window) is not None
+    window = reader.size("sliding_window", 4096, null=None, minimum=2)
+    slides = slides and window is not None
     first = reader.size("max_window_layers", 28, minimum=0)
     kinds = reader.words("layer_types", num_layers, (FULL, SLIDING))
     if kinds is None:

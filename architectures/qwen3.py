@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portkit.architecture import Architecture, CausalLM, Site
-from portkit.config import ConfigReader, check_heads
+from portkit.config import ConfigReader, check_heads, read_attention_bias, read_rope
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
 from portkit.nn.mlp import GatedMLP
@@ -51,24 +51,28 @@ class Qwen3Config:
 def read_config(reader: ConfigReader) -> Qwen3Config:
     max_positions = reader.size("max_position_embeddings", 32768)
     num_layers = reader.size("num_hidden_layers", maximum=4096)
-    vocab_size = reader.size("vocab_size")
+    vocab_size, num_heads = reader.size("vocab_size"), reader.size("num_attention_heads")
     config = Qwen3Config(
         vocab_size=vocab_size,
         pad_token_id=reader.padding_row(vocab_size),
         hidden_size=reader.size("hidden_size"),
         intermediate_size=reader.size("intermediate_size"),
         num_hidden_layers=num_layers,
-        num_attention_heads=reader.size("num_attention_heads"),
-        num_key_value_heads=reader.size("num_key_value_heads", 32),
+        num_attention_heads=num_heads,
+        num_key_value_heads=reader.size("num_key_value_heads", 32, null=num_heads),
         head_dim=reader.size("head_dim", 128),
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        attention_bias=reader.flag("attention_bias", False),
-        rope_parameters=RopeParameters(**reader.rope(10000.0, max_positions)),
+        attention_bias=read_attention_bias(reader),
+        rope_parameters=RopeParameters(**read_rope(reader, 10000.0, max_positions)),
         windows=read_windows(reader, num_layers),
     )
     reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
+    reader.pin("use_qk_norm", True, because="queries and keys are normalised in any case")
+    reader.lacks("neighbouring pairs", "several positions", "biases of the feed-forward")
+    reader.lacks("shared experts", "slices", "caps", "bidirectional layers")
+    reader.told("dual_chunk_attention_config", "attention is whole at any length")
     check_heads(
         reader.where, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     )
@@ -81,8 +85,8 @@ def read_windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...
     Explicit `layer_types` win; else the layers from `max_window_layers` on slide, if any may.
     """
     slides = reader.flag("use_sliding_window", False)
-    window = reader.size("sliding_window", 4096, minimum=2)
-    slides = slides and reader.raw.get("sliding_window", window) is not None
+    window = reader.size("sliding_window", 4096, null=None, minimum=2)
+    slides = slides and window is not None
     first = reader.size("max_window_layers", 28, minimum=0)
     kinds = reader.words("layer_types", num_layers, (FULL, SLIDING))
     if kinds is None:

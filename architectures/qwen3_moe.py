@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portkit.architecture import Architecture, CausalLM, Site
-from portkit.config import ConfigReader, check_heads, default_head_dim
+from portkit.config import (
+    ConfigReader,
+    check_heads,
+    default_head_dim,
+    read_attention_bias,
+    read_rope,
+)
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
 from portkit.nn.mlp import GatedMLP
@@ -65,7 +71,7 @@ def read_config(reader: ConfigReader) -> Qwen3MoeConfig:
     hidden_size, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     head_dim = reader.size("head_dim", None)
     slides = reader.flag("use_sliding_window", False)
-    window = reader.size("sliding_window", 4096, minimum=2)
+    window = reader.size("sliding_window", 4096, null=None, minimum=2)
     num_experts, num_choices = read_experts(reader)
     vocab_size = reader.size("vocab_size")
     config = Qwen3MoeConfig(
@@ -85,13 +91,16 @@ def read_config(reader: ConfigReader) -> Qwen3MoeConfig:
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        attention_bias=reader.flag("attention_bias", False),
-        rope_parameters=RopeParameters(**reader.rope(10000.0, max_positions)),
-        window=window if slides and reader.raw.get("sliding_window", window) else None,
+        attention_bias=read_attention_bias(reader),
+        rope_parameters=RopeParameters(**read_rope(reader, 10000.0, max_positions)),
+        window=window if slides else None,
     )
     reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
-    # Of training; and a window's first layer, which the reference does not heed.
-    reader.bookkeeping("output_router_logits", "router_aux_loss_coef", "max_window_layers")
+    reader.pin("use_qk_norm", True, because="queries and keys are normalised in any case")
+    reader.lacks("neighbouring pairs", "several positions", "biases of the feed-forward")
+    reader.lacks("shared experts", "layer types", "slices", "caps", "bidirectional layers")
+    reader.told("dual_chunk_attention_config", "attention is whole at any length")
+    reader.bookkeeping("max_window_layers")  # the reference does not heed it either
     check_heads(
         reader.where, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     )

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portkit.architecture import Architecture, CausalLM, Site
-from portkit.config import ConfigReader, check_heads, default_head_dim
+from portkit.config import (
+    ConfigReader,
+    check_heads,
+    default_head_dim,
+    read_attention_bias,
+    read_rope,
+)
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
 from portkit.nn.mlp import GatedMLP
@@ -68,13 +74,15 @@ def read_config(reader: ConfigReader) -> SmolLM3Config:
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
         tie_word_embeddings=reader.flag("tie_word_embeddings", True),
-        attention_bias=reader.flag("attention_bias", False),
+        attention_bias=read_attention_bias(reader),
         mlp_bias=reader.flag("mlp_bias", False),
-        rope_parameters=RopeParameters(**reader.rope(2e6, max_positions)),
+        rope_parameters=RopeParameters(**read_rope(reader, 2e6, max_positions)),
         no_rope_layers=no_rope_layers,
         windows=read_windows(reader, no_rope_layers),
     )
     reader.pin("hidden_act", "silu", because="the feed-forward is gated by SiLU")
+    reader.lacks("head norms", "neighbouring pairs", "several positions", "shared experts")
+    reader.lacks("caps", "bidirectional layers")
     # Written by the released file; neither the reference nor this port reads them.
     reader.bookkeeping("max_window_layers", "pretraining_tp")
     check_heads(reader.where, num_heads, config.num_key_value_heads, config.head_dim)

@@ -48,8 +48,10 @@ class Blueprint:
     architecture: Architecture
     config: Any
     """The family's config dataclass."""
-    ignored: frozenset[str]
-    """Keys of `config.json` that the user chose to go on without."""
+    ignored: tuple[str, ...]
+    """Keys of `config.json` that the user chose to go on without, by their paths."""
+    notes: tuple[str, ...]
+    """What the config says and nobody computes."""
     skeleton: CausalLM
     """The model on the meta device."""
     attention: str
@@ -150,14 +152,15 @@ def draw(
     Raises `UnsupportedConfig` or `InvalidConfig`.
     """
     raw = checkpoint.config
-    architecture = architecture_of(raw)
+    architecture = architecture_of(raw, ignore_config)
     reader = ConfigReader(raw, ignore=ignore_config)
     config = architecture.read_config(reader)
     reader.finish()
     _refuse_layers(config.num_hidden_layers, checkpoint)
     skeleton = skeleton_of(architecture, config, attention)
+    ignored, notes = tuple(sorted(reader.ignored)), reader.notes
     return Blueprint(
-        checkpoint, architecture, config, reader.ignored, skeleton, attention, reader.choices
+        checkpoint, architecture, config, ignored, notes, skeleton, attention, reader.choices
     )
 
 
@@ -231,7 +234,7 @@ def materialize(
         stored_dtypes=dict(Counter(info.dtype for info in read)),
         dropped=plan.dropped,
         tied=tuple(t for t in plan.tied if parameters[t.parameter] is parameters[t.to]),
-        notes=(*checkpoint.notes, *untied),
+        notes=(*checkpoint.notes, *blueprint.notes, *untied),
         seconds=time.perf_counter() - started,
     )
     return LoadedModel(model, blueprint, plan, report)

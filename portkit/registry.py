@@ -5,7 +5,7 @@ Knows the entry-point group; imports a family only when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
@@ -52,21 +52,24 @@ def _installed() -> tuple[EntryPoint, ...]:
     return tuple(sorted(entry_points(group=GROUP), key=lambda entry: entry.name))
 
 
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a `config.json`; a quantised one is refused by its method's name."""
-    if isinstance(config.get("quantization"), Mapping):
+def architecture_of(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Architecture:
+    """The architecture of a `config.json`; a quantised one is refused by its method's name, unless
+    the key that says so is among those to `ignore`.
+    """
+    if isinstance(config.get("quantization"), Mapping) and "quantization" not in ignore:
         raise UnsupportedConfig(
             "config.json: quantization: this checkpoint is quantised by MLX and no port of a "
             "quantised checkpoint exists yet; take the unquantised repository, or write one with "
             "mlx_lm.convert --dequantize"
         )
     quantization = config.get("quantization_config")
-    if quantization is not None:
+    if quantization is not None and "quantization_config" not in ignore:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise UnsupportedConfig(
             f"config.json: quantization_config: this checkpoint is quantised "
             f"({method or 'method not named'}) and no port of a quantised checkpoint exists yet; "
-            "take the unquantised repository"
+            "take the unquantised repository, or, where its weights are plain all the same, go on "
+            "with --ignore-config quantization_config"
         )
     model_type = config.get("model_type")
     if not isinstance(model_type, str):

@@ -151,8 +151,8 @@ FAMILY_VALUES = [
     ),
     Case(
         "two periods of layer types",
-        config({"sliding_window_pattern": 4, "layer_switch": 3}),
-        ("layer_switch is 3", "supported: 4", "sliding_window_pattern"),
+        config({"sliding_window_pattern": 4, "layer_switch": 2}),
+        ("layer_switch is 2", "sliding_window_pattern", "published with the weights"),
         base="cohere2",
     ),
     Case(

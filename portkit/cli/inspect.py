@@ -36,6 +36,7 @@ def command(
         "tensors": len(checkpoint.tensors) if checkpoint.has_weights else None,
         "files": checkpoint.weight_files if checkpoint.has_weights else [],
         "config": _config_fields(blueprint),
+        "notes": list(blueprint.notes),
     }
     if json:
         print_json("inspect", **facts)
@@ -58,6 +59,7 @@ def command(
         (f"cache at {tokens:,} tokens", human_bytes(count))
         for tokens, count in facts["kv_bytes_at"].items()
     ]
+    rows += [("note", note) for note in blueprint.notes]
     print(table(rows))
 
 

@@ -73,12 +73,19 @@ QuantizeOption = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
 ]
+
+
+def _each_key(given: list[str] | None) -> list[str] | None:
+    return given and [key for keys in given for key in keys.split(",")]
+
+
 IgnoreConfig = Annotated[
     list[str] | None,
     typer.Option(
         "--ignore-config",
-        metavar="KEY",
-        help="Go on although this key of config.json, or of generation_config.json, is not "
-        "understood (may be repeated).",
+        metavar="KEY[,KEY]",
+        callback=_each_key,
+        help="Go on although these keys of config.json, or of generation_config.json, are not "
+        "understood; the result says that they were ignored.",
     ),
 ]

@@ -252,7 +252,8 @@ def load_reference(
     """Load a checkpoint's folder. `attention`: sdpa or eager.
 
     A config that the reference rejects for the type of a value, as in `rms_norm_eps: 1`, is given
-    to it in a patched copy; the notes of the result say so. Raises `ReferenceUnavailable` where it
+    to it in a patched copy, as is one whose `quantization_config` the user chose to ignore; the
+    notes of the result say so. Raises `ReferenceUnavailable` where it
     is not installed, or did not load every tensor.
     """
     if not is_available():
@@ -332,22 +333,26 @@ def _accepted(folder: Path, notes: list[str]) -> Iterator[Path]:
     import transformers
 
     auto: Any = transformers.AutoConfig
+    raw = read_object(folder / "config.json", "config.json", ReferenceUnavailable)
+    changed = []
+    if raw.pop("quantization_config", None) is not None:
+        changed.append("quantization_config was left out")
     try:
         auto.from_pretrained(folder, local_files_only=True)
     except Exception:  # again of many kinds
-        raw = read_object(folder / "config.json", "config.json", ReferenceUnavailable)
-        changed = _retyped(raw)
+        changed += _retyped(raw)
         if not changed:
             raise
-        notes += [f"the reference was given a patched config.json: {one}" for one in changed]
-        with TemporaryDirectory() as made:
-            for file in folder.iterdir():
-                if file.name != "config.json":
-                    (Path(made) / file.name).symlink_to(file.resolve())
-            (Path(made) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-            yield Path(made)
+    if not changed:
+        yield folder
         return
-    yield folder
+    notes += [f"the reference was given a patched config.json: {one}" for one in changed]
+    with TemporaryDirectory() as made:
+        for file in folder.iterdir():
+            if file.name != "config.json":
+                (Path(made) / file.name).symlink_to(file.resolve())
+        (Path(made) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        yield Path(made)
 
 
 def _retyped(raw: dict[str, Any]) -> list[str]:
