@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,6 +170,28 @@ def test_a_file_that_is_replaced_between_plan_and_reading_is_refused(
         f"{file.name} was replaced while it was read: {MOVED} is no longer BF16 of shape {shape}; "
         "run again when nobody writes to it"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a system does with a lost page differs")
+@pytest.mark.parametrize("in_place", [True, False], ids=["cut short", "renamed over"])
+def test_a_mapped_file_is_replaced_by_a_rename(
+    in_place: bool, tiny_checkpoint: CheckpointMaker, tmp_path: Path
+) -> None:
+    """What the documentation says of both: the one ends the process, the other changes nothing."""
+    folder = tmp_path / "mapped"
+    shutil.copytree(tiny_checkpoint("llama3", torch.bfloat16), folder)
+    file, shorter = str(folder / "model.safetensors"), str(folder / "shorter")
+    Path(shorter).write_bytes(bytes(4096))
+    change = f"os.truncate({file!r}, 4096)" if in_place else f"os.replace({shorter!r}, {file!r})"
+    code = (
+        "import os; from portkit.loading import load\n"
+        f"model = load({str(folder)!r}, device='cpu').model\n"
+        f"{change}\n"
+        "print(all(bool(one.isfinite().all()) for one in model.parameters()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    expected = (-signal.SIGBUS, "") if in_place else (0, "True\n")
+    assert (done.returncode, done.stdout) == expected, done.stderr
 
 
 def test_at_the_stored_dtype_parameters_are_views_of_the_file(
