@@ -18,7 +18,7 @@ from torch import Tensor
 from parity_tests.checkpoints import save_tiny_multimodal
 from parity_tests.conftest import CheckpointMaker
 from portkit.cli import main
-from portkit.errors import CheckpointError, ExportError, Mismatch
+from portkit.errors import CheckpointError, ExportError, Mismatch, UnsupportedConfig
 from portkit.exporting import export
 from portkit.loading import draw, load, materialize, open_checkpoint
 from portkit.parity.reference import load_reference
@@ -309,6 +309,64 @@ def test_a_key_that_is_ignored_is_not_verified(
     assert exit_.value.code == 0
     printed = json.loads(capsys.readouterr().out)
     assert [one["name"] for one in printed["not_verified"]] == ["config.json: logit_bias"]
+
+
+def test_keys_that_are_ignored_in_nested_objects_are_listed_and_what_has_no_effect_is_told(
+    tiny_checkpoint: CheckpointMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_checkpoint("qwen3 yarn tempered")
+    config = json.loads((source / "config.json").read_text()) | {"logit_bias": 3}
+    config["rope_parameters"] |= {"alpha": 1.5, "attn_factor": 0.8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main([*arguments])
+        said = capsys.readouterr()
+        return int(str(exit_.value.code)), said.out, said.err
+
+    code, _, error = run("load", str(tmp_path))
+    assert code == 2
+    assert "logit_bias = 3, rope_parameters.alpha = 1.5; if none of them" in error
+    option = "--ignore-config logit_bias,rope_parameters.alpha"
+    assert error.strip().endswith(option)
+    code, out, _ = run("load", str(tmp_path), *option.split(), "--json")
+    assert code == 0
+    loaded = json.loads(out)
+    names = [one["name"] for one in loaded["not_verified"]]
+    assert names == ["config.json: logit_bias", "config.json: rope_parameters.alpha"]
+    (note,) = loaded["notes"]
+    assert note.startswith("config.json: rope_parameters.attn_factor = 0.8 has no effect")
+    code, out, _ = run("inspect", str(tmp_path), *option.split(), "--json")
+    assert json.loads(out)["notes"] == [note]
+    code, out, _ = run("parity", str(tmp_path), "--quick", *option.split(), "--json")
+    assert code == 0
+    proof = json.loads(out)
+    assert {f"config: {name}" for name in ("logit_bias", "rope_parameters.alpha")} <= {
+        one["name"] for one in proof["not_verified"]
+    }
+    assert note in proof["notes"]
+
+
+def test_plain_weights_whose_config_calls_them_quantised(
+    tiny_checkpoint: CheckpointMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_checkpoint("qwen3")
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantised}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+    option = "--ignore-config quantization_config"
+    with pytest.raises(UnsupportedConfig, match=f"bitsandbytes.*{option}"):
+        load(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main(["parity", str(tmp_path), "--quick", *option.split(), "--json"])
+    assert exit_.value.code == 0
+    proof = json.loads(capsys.readouterr().out)
+    assert proof["verdict"] == "exact"
+    assert "config: quantization_config" in [one["name"] for one in proof["not_verified"]]
+    assert any("quantization_config was left out" in note for note in proof["notes"])
 
 
 def test_what_load_prints(

@@ -100,6 +100,7 @@ def test_every_ported_config_has_the_published_number_of_parameters(
     ("config", "place"),
     [
         ("meta-llama__Llama-4-Scout-17B-16E-Instruct", 0),
+        ("meta-llama__Llama-4-Scout-17B-16E-Instruct.april-2025", 0),
         ("meta-llama__Llama-4-Maverick-17B-128E-Instruct-FP8", 1),
     ],
 )
