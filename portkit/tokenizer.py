@@ -1,19 +1,17 @@
 """Text to token ids and back, as a checkpoint's own `tokenizer.json` says.
 
-Knows that file, the few keys of `tokenizer_config.json` that change ids or name special tokens, and
-how to turn a growing list of ids into text piece by piece. Knows no chat format and no model.
+Knows how to turn a growing list of ids into text piece by piece. Knows no chat format and no model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from portkit.checkpoint import Files
 from portkit.errors import TokenizerError
-from portkit.json_reading import read_object
 from portkit.tokenizer_backend import Backend
+from portkit.tokenizer_files import Beside, read_beside
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -22,22 +20,21 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """The tokenizer of one checkpoint; `open` reads it.
 
-    `special_tokens` maps roles to text as `tokenizer_config.json` names them
-    (`{"bos_token": "<bos>", …}`); `config` is the whole of that file, {} where there is none.
+    `special_tokens` maps roles to text as the files beside it name them
+    (`{"bos_token": "<bos>", …}`); `config` is `tokenizer_config.json`, {} where there is none.
     """
 
-    def __init__(self, backend: Backend, config: Mapping[str, Any]) -> None:
+    def __init__(self, backend: Backend, beside: Beside) -> None:
         self._backend = backend
-        self.config = config
-        self.special_tokens = _special_tokens(config)
+        self.config, self.special_tokens = beside.config, beside.roles
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
 
     @classmethod
     def open(cls, files: Files) -> Tokenizer:
-        """Read `tokenizer.json` and, where there is one, `tokenizer_config.json`.
+        """Read `tokenizer.json` and what there is beside it.
 
-        Raises TokenizerError where the first is missing or either cannot be understood.
+        Raises TokenizerError where the first is missing or one of them cannot be understood.
         """
         if not files.has("tokenizer.json"):
             raise TokenizerError(
@@ -45,7 +42,9 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), or give a checkpoint "
                 "that comes with it"
             )
-        return cls(Backend(files.path("tokenizer.json"), files.origin), _read_config(files))
+        beside = read_beside(files)
+        backend = Backend(files.path("tokenizer.json"), files.origin, beside.added)
+        return cls(backend, beside)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of `text`; special tokens written out in it become their own ids.
@@ -143,23 +142,3 @@ class Detokenizer:
         piece = text[self._num_sent : end]
         self._num_sent = max(self._num_sent, end)
         return piece
-
-
-def _read_config(files: Files) -> dict[str, Any]:
-    if not files.has("tokenizer_config.json"):
-        return {}
-    name = "tokenizer_config.json"
-    what = f"{name} of {files.origin}"
-    return read_object(files.path(name), what, TokenizerError, "fetch it again or repair it")
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Every `…_token` that the config gives a text, spelled out or as an added token's object."""
-    extra = config.get("extra_special_tokens")
-    roles = {**(extra if isinstance(extra, dict) else {}), **config}
-    texts = {
-        role: token.get("content") if isinstance(token, dict) else token
-        for role, token in roles.items()
-        if role.endswith("_token")
-    }
-    return {role: text for role, text in texts.items() if isinstance(text, str)}

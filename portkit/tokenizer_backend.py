@@ -7,7 +7,7 @@ step, code in another language that panics or ends the process. Both sides of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,19 @@ _AS_IT_CAME = "fetch it again, or update the tokenizers library"
 class Backend:
     """A `tokenizer.json` as its library runs it. Raises TokenizerError wherever that fails.
 
-    `origin` is what messages call where the file is from; `child` may serve others before and
-    after, one at a time.
+    `origin` is what messages call where the file is from; `added` are tokens that other files add,
+    each a `content` with the library's flags and whether it `replaces` one; `child` may serve
+    others before and after, one at a time.
     """
 
-    def __init__(self, path: Path, origin: str, child: Confined | None = None) -> None:
-        self._path, self._origin = path, origin
+    def __init__(
+        self,
+        path: Path,
+        origin: str,
+        added: Sequence[Mapping[str, Any]] = (),
+        child: Confined | None = None,
+    ) -> None:
+        self._path, self._origin, self._added = path, origin, list(added)
         self._child = Confined(__name__) if child is None else child
         self._texts: dict[int, str | None] = {}
         self.special_ids: frozenset[int] = frozenset(self._open())
@@ -65,7 +72,8 @@ class Backend:
 
     def _open(self) -> list[int]:
         num_bytes = self._path.stat().st_size
-        request = {"do": "open", "file": str(self._path.resolve())}
+        file = str(self._path.resolve())
+        request = {"do": "open", "file": file, "added": self._added}
         try:
             special: list[int] = self._child.ask(request, num_bytes)
         except (Refused, Exhausted) as error:
@@ -101,11 +109,26 @@ def answerer() -> Callable[[dict[str, Any]], Any]:
             # A file may keep the truncation and padding of its training; a prompt is taken whole.
             held[0].no_truncation()
             held[0].no_padding()
+            _add(held[0], request["added"])
             added = held[0].get_added_tokens_decoder()
             return [token_id for token_id, token in added.items() if token.special]
         return _ANSWERS[do](held[0], request)
 
     return answer
+
+
+def _add(tokenizer: Any, tokens: Sequence[Mapping[str, Any]]) -> None:
+    """Add what is not among the added tokens yet; one that replaces also gives it its flags."""
+    from tokenizers import AddedToken
+
+    there = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for flags in tokens:
+        new = AddedToken(**{name: value for name, value in flags.items() if name != "replaces"})
+        old = there.get(new.content)
+        if old is None or (flags["replaces"] and old != new):
+            add = tokenizer.add_special_tokens if new.special else tokenizer.add_tokens
+            add([new])
+            there[new.content] = new
 
 
 _ANSWERS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {

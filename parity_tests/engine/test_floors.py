@@ -33,6 +33,7 @@ FLOORS = {
     "portkit.registry": 3,
     "architectures": 3,
     "portkit.architecture": 2,
+    "portkit.tokenizer_files": 2,
     "portkit.checking": 2,
     "portkit.config": 1,
     "portkit.checkpoint": 1,

@@ -17,7 +17,10 @@ from portkit.errors import TokenizerError
 from portkit.json_reading import read_text
 from portkit.tokenizer import Tokenizer
 
-_FILE = "chat_template.jinja"
+_FILES = {
+    "default": "chat_template.jinja",
+    "tool_use": "additional_chat_templates/tool_use.jinja",
+}
 _RENDERING = "portkit.generation.rendering"
 
 Message = Mapping[str, Any]
@@ -34,15 +37,22 @@ class ChatTemplate:
 
     @classmethod
     def open(cls, files: Files, tokenizer: Tokenizer) -> ChatTemplate:
-        """Read `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`.
+        """Read `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`; and the
+        template for tools that may lie beside either.
 
         Raises TokenizerError where there is neither.
         """
         stored: Any = tokenizer.config.get("chat_template")
-        if files.has(_FILE):
-            stored = read_text(files.path(_FILE), f"{_FILE} of {files.origin}", TokenizerError)
-        if isinstance(stored, str):
-            return cls({"default": stored}, tokenizer.special_tokens)
+        beside = {
+            name: read_text(files.path(file), f"{file} of {files.origin}", TokenizerError)
+            for name, file in _FILES.items()
+            if files.has(file)
+        }
+        if beside or isinstance(stored, str):
+            # Files come instead of what the config says, not beside it.
+            return cls(beside or {"default": stored}, tokenizer.special_tokens)
+        if isinstance(stored, Mapping):
+            stored = [{"name": name, "template": one} for name, one in stored.items()]
         if not isinstance(stored, list):
             raise TokenizerError(
                 f"{files.origin} has no chat template: give plain text without --chat, or use an "
