@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from portkit.loading import load
 
 DEMO = Path(portkit.__file__).parent / "demo_checkpoint"
 KEYS = {
-    "engine", "dtype", "batch", "context", "tokens_per_s", "ms_per_token", "prefill_ms",
+    "engine", "dtype", "batch", "context", "rounds", "tokens_per_s", "ms_per_token", "prefill_ms",
     "compile_s", "peak_rss_bytes", "peak_device_bytes", "bytes_per_token",
     "bandwidth_fraction", "same_tokens", "first_difference", "compared", "verdict", "loss",
 }  # fmt: skip
@@ -46,6 +49,7 @@ def test_decode_measures_each_engine_and_says_whether_it_is_right(
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert found["command"] == "bench decode"
+    assert found["complete"] is True
     assert found["bandwidth_bytes_per_s"] > 1e8
     assert "cores" in found["hardware"]
     rows = {(row["engine"], row["batch"]): row for row in found["results"]}
@@ -69,6 +73,9 @@ def test_decode_measures_each_engine_and_says_whether_it_is_right(
     assert row["bandwidth_fraction"] == pytest.approx(share)
     assert "no C++ compiler" in said.err
     assert "<svg" in image.read_text()
+    lines = said.err.splitlines()
+    assert sum("round 1 of 1: " in line and " tokens/s, " in line for line in lines) == len(rows)
+    assert any("1 rounds and 40 tokens to compare, as asked for" in line for line in lines)
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -87,6 +94,35 @@ def test_decode_measures_other_wirings(
     assert "readable" in {row["engine"] for row in rows}
     assert all(row["tokens_per_s"] > 0 and row["same_tokens"] is not False for row in rows)
     assert {row["verdict"] for row in rows} <= {"exact", "rounding", None}
+
+
+def test_what_was_measured_is_kept_when_it_is_interrupted(tmp_path: Path) -> None:
+    """Rows are told as they are measured, without a terminal too; SIGTERM leaves the object."""
+    asked = ["--rounds", "100000", "--tokens", "4", "--context", "9", "--threads", "1", "--json"]
+    with Popen(
+        [sys.executable, "-m", "portkit", "bench", "decode", str(DEMO), *asked],
+        stdout=PIPE,
+        stderr=PIPE,
+        text=True,
+        env={**os.environ, "PATH": str(tmp_path)},
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if "fast, not compiled, context 9, round 2 of 100000: " in line:
+                break
+        running.terminate()
+        out, err = running.communicate()
+    assert running.returncode == 130
+    assert "portkit: error: interrupted" in err
+    found = json.loads(out)
+    assert found["complete"] is False
+    rows = {row["engine"]: row for row in found["results"]}
+    assert set(rows) == {"readable", "fast, not compiled"}
+    for row in rows.values():
+        assert set(row) == KEYS
+        assert row["rounds"] >= 2
+        assert row["tokens_per_s"] == pytest.approx(1000 / row["ms_per_token"])
+        assert (row["same_tokens"], row["verdict"], row["compared"]) == (None, None, None)
 
 
 def test_prefill_and_load_are_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:

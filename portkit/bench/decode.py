@@ -10,9 +10,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from statistics import median
 from tempfile import NamedTemporaryFile, TemporaryFile
@@ -22,12 +24,17 @@ import torch
 
 from portkit.architecture import CausalLM
 from portkit.bench.agreement import Agreement, compare_tokens, judge_paths, losses
-from portkit.bench.engines import EXACT, FAST, LLAMA_CPP
+from portkit.bench.engines import COMPILED, EXACT, FAST, LLAMA_CPP, READABLE
 from portkit.errors import BenchError
 from portkit.gguf import write_gguf
 from portkit.json_reading import parse_object
 from portkit.loading import load
 from portkit.parity.decoding.approximate import Loss
+
+_SHORT_PROMPT = 16
+_LEAST_COMPARED = 32
+Tell = Callable[[str], None]
+"""Takes a line for people, at once."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,10 @@ class Plan:
 
     Once and untimed, each engine continues a prompt of `compared_prompt` tokens by `num_compared`:
     what a few tokens hide many show. 0 leaves that out.
+
+    Both are upper bounds: no round is begun once those of its context and batch have taken
+    `rounds_s`, and no more tokens are compared than fit into `compared_s` at the speeds measured.
+    One round is always measured, and so are a few tokens.
     """
 
     repo: str
@@ -49,8 +60,34 @@ class Plan:
     vocab_size: int
     gguf: str | None = None
     device: str = "cpu"
-    compared_prompt: int = 0
     num_compared: int = 0
+    windows: tuple[int, ...] = ()
+    limit: int = 0
+    rounds_s: float = inf
+    compared_s: float = inf
+
+    def compared_prompt(self, num_tokens: int) -> int:
+        """The length of a prompt behind which as many tokens cross the widest window midway."""
+        reached = [one for one in self.windows if one + num_tokens < self.limit]
+        prompt = max(_SHORT_PROMPT, max(reached, default=0) - num_tokens // 2)
+        return min(prompt, self.limit - num_tokens)
+
+    def beforehand(self) -> str:
+        """How long it takes, as far as that is known, in words."""
+        num_cells = len(self.contexts) * len(self.batches)
+        bound_s = num_cells * self.rounds_s + (self.compared_s if self.num_compared else 0)
+        takes = f"{self.rounds} rounds and {self.num_compared} tokens to compare, as asked for"
+        if bound_s < inf:
+            takes = f"up to {bound_s:.0f} s, and warm-up and verdicts about as long again"
+        compiled = self.device == "cpu" and not COMPILED.isdisjoint(self.engines)
+        more = "; a minute or two more where regions are to be compiled first" if compiled else ""
+        return f"measuring {len(self.engines)} engines: {takes}{more}"
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that is made."""
+        compared = self.compared_prompt(0) + self.num_compared if self.num_compared else 0
+        return max(max(self.contexts) + self.num_tokens, min(compared, self.limit))
 
 
 @dataclass(frozen=True)
@@ -70,14 +107,18 @@ class Row:
     peak_device_bytes: int | None
     compile_s: float
     bytes_per_token: int | None
-    agreement: Agreement
+    rounds: int
+    agreement: Agreement | None
+    """None of a measurement that was interrupted before tokens were compared."""
     compared: Agreement | None = None
     loss: Loss | None = None
     """Of a path that is another model by intent."""
 
     @property
-    def same_tokens(self) -> bool:
-        """In both continuations."""
+    def same_tokens(self) -> bool | None:
+        """In both continuations; None where they were not compared."""
+        if self.agreement is None:
+            return None
         return self.agreement.same and (self.compared is None or self.compared.same)
 
     @property
@@ -93,6 +134,7 @@ class Row:
             "dtype": self.dtype,
             "batch": self.batch,
             "context": self.context,
+            "rounds": self.rounds,
             "tokens_per_s": self.tokens_per_s,
             "ms_per_token": 1000 * self.step_s,
             "prefill_ms": 1000 * self.prefill_s,
@@ -102,9 +144,9 @@ class Row:
             "bytes_per_token": read,
             "bandwidth_fraction": None if read is None else read / self.step_s / bandwidth,
             "same_tokens": self.same_tokens,
-            "first_difference": self.agreement.first_difference,
+            "first_difference": self.agreement and self.agreement.first_difference,
             "compared": None if self.compared is None else self.compared.fields(),
-            "verdict": self.agreement.verdict,
+            "verdict": self.agreement and self.agreement.verdict,
             "loss": None if self.loss is None else self.loss.fields(),
         }
 
@@ -120,9 +162,7 @@ class Worker:
             "threads": plan.threads,
             "device": plan.device,
             "gguf": plan.gguf,
-            "context": max(
-                max(plan.contexts) + plan.num_tokens, plan.compared_prompt + plan.num_compared
-            ),
+            "context": plan.longest,
         }
         self._engine = engine
         self._process = subprocess.Popen(
@@ -131,6 +171,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for whoever keeps what was measured
         )
         self.load_s: float = self._read()["load_s"]
 
@@ -181,101 +222,126 @@ def with_gguf(plan: Plan) -> Iterator[Plan]:
         yield replace(plan, gguf=str(path))
 
 
-def measure(plan: Plan, advance: Callable[[str], None] = lambda _: None) -> list[Row]:
+class Measurement:
     """All engines at each context and batch, in turn within each round; a warm-up comes first.
 
-    `advance` is called before each of `num_steps(plan)` steps, with what comes.
+    `tell` gets a line for each run as it ends. What was measured is here, however `run` is left.
     """
-    workers: dict[str, Worker] = {}
-    cells, long = [], {}
-    try:
-        for engine in plan.engines:
-            workers[engine] = Worker(plan, engine)
-        for context in plan.contexts:
-            for batch in plan.batches:
-                cells.append(_Cell(plan, workers, context, batch, advance))
-        if plan.num_compared:
-            long = _continued(plan, workers, advance)
-    finally:
-        for worker in workers.values():
-            worker.close()
-    # Only now, when nothing is measured any more.
-    advance("the verdicts")
-    loaded = load(plan.repo, dtype=plan.dtype, device=plan.device)
-    verdicts = judge_paths(loaded.model, plan.engines, plan.vocab_size)
-    lost = losses(loaded, plan.engines)
-    advance("whether tokens agree")
-    prompts = prompts_of(plan.vocab_size, plan.compared_prompt, 1)
-    compared = compare_tokens(loaded.model, prompts, long, verdicts) if long else {}
-    return [
-        replace(row, compared=compared.get(row.engine), loss=lost.get(row.engine))
-        for cell in cells
-        for row in cell.rows(loaded.model, verdicts)
-    ]
 
+    def __init__(self, plan: Plan, tell: Tell = lambda _: None) -> None:
+        self._plan, self._tell = plan, tell
+        self._cells: list[_Cell] = []
 
-def _continued(
-    plan: Plan, workers: Mapping[str, Worker], advance: Callable[[str], None]
-) -> dict[str, list[list[int]]]:
-    """Each engine's tokens behind the long prompt."""
-    found = {}
-    for engine, worker in workers.items():
-        advance(f"{engine}, {plan.num_compared} tokens behind {plan.compared_prompt}")
-        prompts = prompts_of(plan.vocab_size, plan.compared_prompt, 1)
-        found[engine] = worker.run(prompts, plan.num_compared)["token_ids"]
-    return found
+    def run(self) -> list[Row]:
+        """Measure everything, and judge it when nothing is measured any more."""
+        plan, workers = self._plan, dict[str, Worker]()
+        long: dict[str, list[list[int]]] = {}
+        prompts: list[list[int]] = []
+        try:
+            for engine in plan.engines:
+                workers[engine] = Worker(plan, engine)
+            for context in plan.contexts:
+                for batch in plan.batches:
+                    self._cells.append(_Cell(plan, context, batch))
+                    self._cells[-1].measure(workers, self._tell)
+            if plan.num_compared:
+                num_tokens = self._num_compared()
+                length = plan.compared_prompt(num_tokens)
+                prompts = prompts_of(plan.vocab_size, length, 1)
+                for engine, worker in workers.items():
+                    self._tell(f"{engine}, {num_tokens} tokens behind {length}, to compare")
+                    long[engine] = worker.run(prompts, num_tokens)["token_ids"]
+        finally:
+            for worker in workers.values():
+                worker.close()
+        self._tell("the verdicts, and whether tokens agree")
+        loaded = load(plan.repo, dtype=plan.dtype, device=plan.device)
+        verdicts = judge_paths(loaded.model, plan.engines, plan.vocab_size)
+        lost = losses(loaded, plan.engines)
+        compared = compare_tokens(loaded.model, prompts, long, verdicts) if long else {}
+        return [
+            replace(row, compared=compared.get(row.engine), loss=lost.get(row.engine))
+            for cell in self._cells
+            for row in cell.rows(cell.agreements(loaded.model, verdicts))
+        ]
 
+    def rows(self) -> list[Row]:
+        """What there is so far: speeds, of the rounds that were whole or begun; no verdicts."""
+        return [row for cell in self._cells for row in cell.rows({})]
 
-def num_steps(plan: Plan) -> int:
-    """How often `measure` advances."""
-    per_context = sum((plan.rounds + 1) * len(_taking_part(plan, one)) for one in plan.batches)
-    long = len(plan.engines) if plan.num_compared else 0
-    return len(plan.contexts) * per_context + long + 2
+    def _num_compared(self) -> int:
+        """Tokens that fit into the time, the readable model's in comparing them counted too."""
+        most, rows = self._plan.num_compared, self._cells[0].rows({})
+        if self._plan.compared_s == inf or not rows:
+            return most
+        longer = self._plan.compared_prompt(most) / self._cells[0].context
+        again = (len(rows) - 1) * next(
+            (one.step_s for one in rows if one.engine == READABLE), rows[0].step_s
+        )
+        left = self._plan.compared_s - sum(one.prefill_s for one in rows) * max(1, longer)
+        fitting = int(left / (again + sum(one.step_s for one in rows)))
+        return min(most, max(_LEAST_COMPARED, fitting))
 
 
 class _Cell:
     """The answers of all engines at one context and batch."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        workers: Mapping[str, Worker],
-        context: int,
-        batch: int,
-        advance: Callable[[str], None],
-    ) -> None:
-        self._plan, self._context, self._batch = plan, context, batch
+    def __init__(self, plan: Plan, context: int, batch: int) -> None:
+        self._plan, self.context, self._batch = plan, context, batch
         self._prompts = prompts_of(plan.vocab_size, context, batch)
-        engines = _taking_part(plan, batch)
-        self._answers: dict[str, list[dict[str, Any]]] = {engine: [] for engine in engines}
-        for number in range(plan.rounds + 1):
-            turn = f"round {number} of {plan.rounds}" if number else "warm-up"
-            for engine in engines:
-                advance(f"{engine}, context {context}, {turn}")
-                answer = workers[engine].run(self._prompts, plan.num_tokens)
-                if number > 0:
-                    self._answers[engine].append(answer)
+        self._answers: dict[str, list[dict[str, Any]]] = {}
 
-    def rows(self, model: CausalLM, verdicts: Mapping[str, str]) -> list[Row]:
-        """Medians, and whether the tokens agree."""
+    def measure(self, workers: Mapping[str, Worker], tell: Tell) -> None:
+        """Rounds until there are enough of them, or their time is over."""
+        plan, engines = self._plan, _taking_part(self._plan, self._batch)
+        at = f"context {self.context}" + (f", {self._batch} rows" if self._batch > 1 else "")
+        for engine in engines:
+            answer = self._ask(workers[engine])
+            tell(f"{engine}, {at}, warm-up: {_speed(answer, self._batch)}")
+        started = time.perf_counter()
+        for number in range(1, plan.rounds + 1):
+            for engine in engines:
+                answer = self._ask(workers[engine])
+                self._answers.setdefault(engine, []).append(answer)
+                turn = f"round {number} of {'at most ' * (plan.rounds_s < inf)}{plan.rounds}"
+                tell(f"{engine}, {at}, {turn}: {_speed(answer, self._batch)}")
+            taken = time.perf_counter() - started
+            if taken + taken / number > plan.rounds_s:
+                return
+
+    def _ask(self, worker: Worker) -> dict[str, Any]:
+        return worker.run(self._prompts, self._plan.num_tokens)
+
+    def agreements(self, model: CausalLM, verdicts: Mapping[str, str]) -> dict[str, Agreement]:
+        """Whether the tokens agree."""
         tokens = {engine: found[-1]["token_ids"] for engine, found in self._answers.items()}
-        agreements = compare_tokens(model, self._prompts, tokens, verdicts)
+        return compare_tokens(model, self._prompts, tokens, verdicts)
+
+    def rows(self, agreements: Mapping[str, Agreement]) -> list[Row]:
+        """Medians, and what is known of the tokens."""
         return [
             Row(
                 engine=engine,
                 dtype=self._plan.dtype,
                 batch=self._batch,
-                context=self._context,
+                context=self.context,
                 prefill_s=median(one["prefill_s"] for one in found),
                 step_s=median(median(one["step_s"]) for one in found),
                 peak_rss_bytes=found[-1]["peak_rss_bytes"],
                 peak_device_bytes=found[-1]["peak_device_bytes"],
                 compile_s=found[-1]["compile_s"],
                 bytes_per_token=found[-1].get("bytes_per_token"),
-                agreement=agreements[engine],
+                rounds=len(found),
+                agreement=agreements.get(engine),
             )
             for engine, found in self._answers.items()
         ]
+
+
+def _speed(answer: Mapping[str, Any], batch: int) -> str:
+    compiled = f", compiled in {answer['compile_s']:.0f} s" if answer["compile_s"] else ""
+    speed = batch / median(answer["step_s"])
+    return f"{speed:.1f} tokens/s, {1000 * answer['prefill_s']:.0f} ms to the first{compiled}"
 
 
 def _taking_part(plan: Plan, batch: int) -> list[str]:

@@ -58,7 +58,7 @@ class Ours:
             quantize(self._model, QUANTIZED[name])
         self._name = name
         self._on_gpu = device == "cuda"
-        has_packages = name in _COMPILED and not self._on_gpu
+        has_packages = name in COMPILED and not self._on_gpu
         has_packages = has_packages and (name not in QUANTIZED or has_compiler())
         self._packages = Packages(default_folder(), _fail) if has_packages else None
         self._fast = FastModel(self._model, self._packages, runner=runner_of(name, device, _fail))
@@ -185,7 +185,7 @@ TRANSFORMERS, STATIC = "transformers", "transformers, static cache"
 LLAMA_CPP = "llama.cpp"
 KERNELS = "fast, Triton kernels"
 QUANTIZED = {f"fast, {scheme}": scheme for scheme in SCHEMES}
-_COMPILED = (FAST, EXACT, *QUANTIZED)
+COMPILED = frozenset({FAST, EXACT, *QUANTIZED})
 
 
 def runner_of(engine: str, device: str, say: Callable[[str], None]) -> Runner | None:

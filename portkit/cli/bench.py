@@ -6,7 +6,8 @@ Knows options, tables and files; what is measured, and how, is in `portkit.bench
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,14 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from portkit.cli import options
-from portkit.cli.output import human_bytes, print_json, progress_bar, say
+from portkit.cli.output import human_bytes, print_json, say
 from portkit.columns import table
 from portkit.errors import BenchError
 
 if TYPE_CHECKING:
     from portkit.bench.decode import Plan, Row
 
-_SHORT_PROMPT = 16
+_ROUNDS, _ROUNDS_S = 5, 45.0
+_COMPARED, _COMPARED_S = 256, 45.0
 
 app = typer.Typer(
     help="Measure speed: ours in its modes, and others beside it, in turn and in one run.",
@@ -46,14 +48,21 @@ Batches = Annotated[
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=2, help="Tokens to decode in each run.")]
 Rounds = Annotated[
-    int, typer.Option("--rounds", min=1, help="Rounds, in which all engines take their turn.")
+    int | None,
+    typer.Option(
+        "--rounds",
+        min=1,
+        help=f"Rounds, in which all engines take their turn; else {_ROUNDS}, or as many as are "
+        f"begun in {_ROUNDS_S:.0f} seconds.",
+    ),
 ]
 Compared = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--compare",
         min=0,
-        help="Tokens, across the window, over which engines are compared, untimed; 0 for none.",
+        help="Tokens, across the window, over which engines are compared, untimed; 0 for none; "
+        f"else {_COMPARED}, or as many as fit into {_COMPARED_S:.0f} seconds.",
     ),
 ]
 Threads = Annotated[
@@ -87,8 +96,8 @@ def decode(
     contexts: Contexts = "128",
     batches: Batches = "1",
     tokens: Tokens = 32,
-    rounds: Rounds = 5,
-    compare: Compared = 256,
+    rounds: Rounds = None,
+    compare: Compared = None,
     threads: Threads = None,
     dtype: options.DTypeOption = options.DType.auto,
     device: DeviceOption = options.Device.cpu,
@@ -108,24 +117,25 @@ def decode(
     found["engines"] += tuple(f"fast, {scheme}" for scheme in dict.fromkeys(quantize or []))
     found |= _compared(repo, compare)
     plan = _with_sizes(found, contexts, batches, tokens, rounds)
-    bandwidth, rows = _measure(plan)
-    if json:
-        results = [row.fields(bandwidth) for row in rows]
-        print_json(
-            "bench decode",
-            hardware=_hardware(plan),
-            bandwidth_bytes_per_s=bandwidth,
-            results=results,
-        )
-    else:
-        say(f"{_hardware(plan)}, reads at best {human_bytes(bandwidth)}/s")
-        lines = table([_HEADINGS, *(_words(row, bandwidth) for row in rows)]).splitlines()
-        for line in (*lines, *_losses(rows)):
-            say(line)
-    if plot:
-        from portkit.bench.plotting import plot_speeds
+    with _measured(plan) as (bandwidth, rows, complete):
+        if json:
+            results = [row.fields(bandwidth) for row in rows]
+            print_json(
+                "bench decode",
+                hardware=_hardware(plan),
+                bandwidth_bytes_per_s=bandwidth,
+                complete=complete,
+                results=results,
+            )
+        else:
+            say(f"{_hardware(plan)}, reads at best {human_bytes(bandwidth)}/s")
+            lines = table([_HEADINGS, *(_words(row, bandwidth) for row in rows)]).splitlines()
+            for line in (*lines, *_losses(rows)):
+                say(line)
+        if plot and rows:
+            from portkit.bench.plotting import plot_speeds
 
-        plot_speeds(rows, plot)
+            plot_speeds(rows, plot)
 
 
 @app.command("prefill")
@@ -134,7 +144,7 @@ def prefill(
     against: AgainstOption = None,
     contexts: Contexts = "128,2000",
     batches: Batches = "1",
-    rounds: Rounds = 5,
+    rounds: Rounds = None,
     threads: Threads = None,
     dtype: options.DTypeOption = options.DType.auto,
     gguf: Gguf = None,
@@ -142,24 +152,25 @@ def prefill(
 ) -> None:
     """Time the first token behind prompts of several lengths."""
     plan = _plan(repo, dtype, threads, against or [], gguf, prefill_only=True)
-    bandwidth, rows = _measure(_with_sizes(plan, contexts, batches, 2, rounds))
-    if json:
-        kept = ("engine", "dtype", "batch", "context", "prefill_ms", "same_tokens", "verdict")
-        found = [row.fields(bandwidth) for row in rows]
-        print_json("bench prefill", results=[{key: one[key] for key in kept} for one in found])
-        return
-    words = [
-        (row.engine, str(row.context), str(row.batch), f"{1000 * row.prefill_s:.1f}")
-        for row in rows
-    ]
-    print(table([("engine", "context", "batch", "ms to the first token"), *words]))
+    with _measured(_with_sizes(plan, contexts, batches, 2, rounds)) as (bandwidth, rows, complete):
+        if json:
+            kept = ("engine", "dtype", "batch", "context", "prefill_ms", "same_tokens", "verdict")
+            fields = [row.fields(bandwidth) for row in rows]
+            results = [{key: one[key] for key in kept} for one in fields]
+            print_json("bench prefill", complete=complete, results=results)
+            return
+        words = [
+            (row.engine, str(row.context), str(row.batch), f"{1000 * row.prefill_s:.1f}")
+            for row in rows
+        ]
+        print(table([("engine", "context", "batch", "ms to the first token"), *words]))
 
 
 @app.command("load")
 def load(
     repo: options.Repo,
     against: AgainstOption = None,
-    rounds: Rounds = 5,
+    rounds: Rounds = None,
     threads: Threads = None,
     dtype: options.DTypeOption = options.DType.auto,
     gguf: Gguf = None,
@@ -179,19 +190,18 @@ def load(
     print(table([("engine", "s to the first token", "of it s to be loaded"), *words]))
 
 
-def _compared(repo: str, num_tokens: int) -> dict[str, int]:
-    """The length of a prompt, and as many tokens, that cross the widest window in the middle."""
+def _compared(repo: str, num_tokens: int | None) -> dict[str, Any]:
+    """How many tokens are compared, and the windows that they should cross."""
     from portkit.loading import draw, open_checkpoint
     from portkit.nn.cache import SlidingCache
 
     blueprint = draw(open_checkpoint(repo))
     limit = blueprint.config.max_position_embeddings
     layers = blueprint.skeleton.new_cache(1, 1).layers
-    windows = [one.window for one in layers if isinstance(one, SlidingCache)]
-    num_tokens = min(num_tokens, limit // 2)
-    reached = [one for one in windows if one + num_tokens < limit]
-    prompt = max(_SHORT_PROMPT, max(reached, default=0) - num_tokens // 2)
-    return {"compared_prompt": min(prompt, limit - num_tokens), "num_compared": num_tokens}
+    windows = tuple(one.window for one in layers if isinstance(one, SlidingCache))
+    bound = {"compared_s": _COMPARED_S} if num_tokens is None else {}
+    num_tokens = min(_COMPARED if num_tokens is None else num_tokens, limit // 2)
+    return {"windows": windows, "num_compared": num_tokens, **bound}
 
 
 def _device(device: options.Device) -> str:
@@ -232,7 +242,8 @@ _HEADINGS = (
 
 def _words(row: Row, bandwidth: float) -> tuple[str, ...]:
     fraction = row.fields(bandwidth)["bandwidth_fraction"]
-    longest = row.agreement if row.compared is None else row.compared
+    agreement = row.agreement
+    longest = agreement if row.compared is None else row.compared
     return (
         row.engine,
         str(row.context),
@@ -243,8 +254,8 @@ def _words(row: Row, bandwidth: float) -> tuple[str, ...]:
         f"{1000 * row.prefill_s:.1f}",
         human_bytes(row.peak_device_bytes or row.peak_rss_bytes),
         f"{row.compile_s:.0f} s" if row.compile_s else "",
-        str(longest if row.agreement.same else row.agreement),
-        row.agreement.verdict or "",
+        "" if agreement is None else str(longest if agreement.same else agreement),
+        "not asked" if agreement is None else agreement.verdict or "",
     )
 
 
@@ -304,11 +315,13 @@ def _plan(
 
 
 def _with_sizes(
-    found: dict[str, Any], contexts: str, batches: str, tokens: int, rounds: int
+    found: dict[str, Any], contexts: str, batches: str, tokens: int, rounds: int | None
 ) -> Plan:
     from portkit.bench.decode import Plan
 
-    limit = found.pop("limit")
+    limit = found["limit"]
+    if rounds is None:
+        rounds, found["rounds_s"] = _ROUNDS, _ROUNDS_S
     sizes, rows = _numbers("--context", contexts), _numbers("--batch", batches)
     if max(sizes) + tokens > limit:
         raise BenchError(
@@ -320,18 +333,38 @@ def _with_sizes(
     return Plan(**found, contexts=sizes, batches=rows, num_tokens=tokens, rounds=rounds)
 
 
-def _measure(plan: Plan) -> tuple[float, list[Row]]:
+@contextmanager
+def _measured(plan: Plan) -> Iterator[tuple[float, list[Row], bool]]:
+    """The bandwidth, the rows, and whether these are all: of what is interrupted, or fails, those
+    that were measured are kept.
+    """
     import torch
 
-    from portkit.bench.decode import measure, num_steps, with_gguf
+    from portkit.bench.decode import Measurement, with_gguf
     from portkit.bench.devices import bandwidth
 
     torch.set_num_threads(plan.threads)
+    _tell(plan.beforehand())
     # Before and behind the rest: how fast a machine is changes from minute to minute.
-    before = bandwidth(torch.device(plan.device))
-    with with_gguf(plan) as whole, progress_bar("measuring", num_steps(plan)) as advance:
-        rows = measure(whole, advance)
-    return max(before, bandwidth(torch.device(plan.device))), rows
+    fastest = bandwidth(torch.device(plan.device))
+    measurement, ended = Measurement(plan, _tell), None
+    try:
+        with with_gguf(plan) as whole:
+            measurement = Measurement(whole, _tell)
+            rows = measurement.run()
+        fastest = max(fastest, bandwidth(torch.device(plan.device)))
+    except (KeyboardInterrupt, BenchError) as error:
+        rows, ended = measurement.rows(), error
+        if not rows:
+            raise
+    yield fastest, rows, ended is None
+    if ended is not None:
+        sys.stdout.flush()
+        raise ended
+
+
+def _tell(line: str) -> None:
+    say(f"portkit: {line}", aside=True)
 
 
 def _check_others(against: Sequence[Against], gguf: str | None) -> None:
