@@ -216,3 +216,18 @@ def test_folders_and_caches_without_a_hub(tmp_path: Path) -> None:
         assert f"{repo_id} (its cached files only: HF_HUB_OFFLINE is set)" in err
         assert err.count("\n") == 1
     assert SHARDS[1] in sharded[2]
+
+
+def test_a_noted_commit_may_end_in_a_newline(tmp_path: Path) -> None:
+    """As where a person wrote it; Transformers reads such a cache."""
+    single = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": save(TENSORS)}
+    folder = fill_cache(tmp_path, "org/tiny", single)
+    command = [sys.executable, "-m", "portkit", "load", "org/tiny", "--check", "--json"]
+    environ = environment(NOWHERE, tmp_path, HF_HUB_OFFLINE="1")
+    printed = []
+    for ending in ("", "\n", "\r\n"):
+        (folder / "refs" / "main").write_bytes(b"c" * 40 + ending.encode())
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+        printed.append(json.loads(done.stdout)["sha256"])
+    digest = hashlib.sha256(single["model.safetensors"]).hexdigest()
+    assert printed == [{"model.safetensors": digest}] * 3
