@@ -163,7 +163,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layer_types = config.layer_types
-        self.windows = {FULL: None, SLIDING: config.sliding_window}
+        self.windows = {
+            kind: None if kind == FULL else config.sliding_window for kind in config.layer_types
+        }
         self.rotary_emb = InterleavedRotaryEmbedding(config.head_dim, config.rope_parameters)
         self.layers = nn.ModuleList(
             Layer(config, kernel, config.layer_types[i]) for i in range(config.num_hidden_layers)

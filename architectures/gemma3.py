@@ -187,7 +187,9 @@ class Decoder(nn.Module):
         size = config.hidden_size
         self.embed_tokens = ScaledEmbedding(config.vocab_size, size, size**0.5, config.pad_token_id)
         self.layer_types = config.layer_types
-        self.windows = {FULL: None, SLIDING: config.sliding_window}
+        self.windows = {
+            kind: None if kind == FULL else config.sliding_window for kind in config.layer_types
+        }
         self.rotary_emb = nn.ModuleDict(
             {
                 kind: RotaryEmbedding(config.head_dim, config.rope_parameters[kind])

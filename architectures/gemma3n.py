@@ -155,7 +155,9 @@ class Decoder(nn.Module):
         size, per_layer = config.hidden_size, config.hidden_size_per_layer_input
         all_layers = config.num_hidden_layers * per_layer
         num_inactive = config.altup_num_inputs - 1
-        self.windows = {FULL: None, SLIDING: config.sliding_window}
+        self.windows = {
+            kind: None if kind == FULL else config.sliding_window for kind in config.layer_types
+        }
         self.embed_tokens = ScaledEmbedding(config.vocab_size, size, size**0.5, config.pad_token_id)
         self.embed_tokens_per_layer = ScaledEmbedding(
             config.vocab_size_per_layer_input, all_layers, per_layer**0.5, config.pad_token_id

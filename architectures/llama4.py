@@ -278,7 +278,10 @@ class Decoder(nn.Module):
             Layer(config, number, kernel) for number in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layer_types, self.chunk = config.layer_types, config.attention_chunk_size
+        self.layer_types = config.layer_types
+        self.chunks = {
+            kind: None if kind == FULL else config.attention_chunk_size for kind in self.layer_types
+        }
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, cache: Cache | None, padding: Tensor | None
@@ -287,8 +290,10 @@ class Decoder(nn.Module):
         cos, sin = self.rotary_emb(positions, h.dtype)
         num_tokens, past = input_ids.shape[1], 0 if cache is None else cache.length
         masks = {
-            FULL: visible_keys(num_tokens, past, padding, h.device),
-            CHUNKED: visible_in_chunk(num_tokens, past, padding, h.device, self.chunk),
+            kind: visible_keys(num_tokens, past, padding, h.device)
+            if chunk is None
+            else visible_in_chunk(num_tokens, past, padding, h.device, chunk)
+            for kind, chunk in self.chunks.items()
         }
         caches = [None] * len(self.layers) if cache is None else cache.layers
         for layer, kind, layer_cache in zip(self.layers, self.layer_types, caches, strict=True):
@@ -314,11 +319,10 @@ class Llama4(CausalLM):
 
     def new_cache(self, batch: int, length: int) -> Cache:
         heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
-        chunk = self.config.attention_chunk_size
         caches: list[LayerCache] = [
             FullCache(heads, head_dim, length)
             if kind == FULL
-            else ChunkedCache(heads, head_dim, chunk)
+            else ChunkedCache(heads, head_dim, self.config.attention_chunk_size)
             for kind in self.config.layer_types
         ]
         return Cache(batch, caches)

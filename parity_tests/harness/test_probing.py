@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from parity_tests.checkpoints import TINY
 from parity_tests.conftest import CheckpointMaker
 from portkit.errors import ProbeError
 from portkit.loading import load
+from portkit.parity.probes.feeding import text_for
 from portkit.parity.probes.probe import Pass, Probe, as_json, check_fits, from_json
 from portkit.parity.probes.probing import (
     default_probe,
     probe_of_tokens,
     quick_probe,
     thorough_probe,
+    training_batch,
     unexercised,
 )
 
@@ -46,6 +49,34 @@ def test_the_default_probe_goes_around_the_window(tiny_checkpoint: CheckpointMak
     thorough = {one.name: one for one in thorough_probe(model)}
     assert thorough["window"].num_tokens == window
     assert all(one.num_logits is None for one in thorough.values())
+
+
+@pytest.mark.parametrize("context", [1, 2, 3, 4, 5, 16, 25, 26])
+def test_a_complete_probe_fits_whatever_the_context_is(
+    context: int, tiny_checkpoint: CheckpointMaker
+) -> None:
+    """Nothing is asked for that there is no room for; what there is room for is there."""
+    model = load(tiny_checkpoint("mistral")).model
+    model.config = replace(model.config, max_position_embeddings=context)
+    for probe in (default_probe(model), thorough_probe(model), quick_probe(model)):
+        check_fits(probe, model.config.vocab_size, context)
+        assert all(int(one.real.sum(1).min()) >= 1 for one in probe)
+        assert probe.name == "quick" or unexercised(model, probe) == ()
+    passes = {one.name: one for one in default_probe(model)}
+    assert passes["long"].num_tokens == context
+    steps = [name for name in passes if name.startswith("padded.")]
+    assert ("padded" in passes, len(steps)) == (context > 1, min(2, max(0, context - 2)))
+
+
+def test_what_a_context_of_one_token_has_no_room_for_is_refused(
+    tiny_checkpoint: CheckpointMaker,
+) -> None:
+    model = load(tiny_checkpoint("mistral")).model
+    model.config = replace(model.config, max_position_embeddings=1)
+    with pytest.raises(ProbeError, match="a context of 1 token has no room to decode"):
+        text_for(model)
+    with pytest.raises(ProbeError, match="a context of 1 token has no next one to predict"):
+        training_batch(model)
 
 
 def test_a_probe_is_drawn_from_its_seed(tiny_checkpoint: CheckpointMaker) -> None:

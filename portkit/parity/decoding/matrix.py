@@ -252,7 +252,8 @@ class _Judge:
         )
         error, *floors = (_by_token(one, truth) for one in (logits, theirs, other))
         floor = torch.stack([one for one in floors if bool(one.isfinite().all())]).amax(0)
-        size = _root_mean(_by_token(truth, torch.zeros_like(truth)))
+        # Of logits that are zero everywhere errors are absolute.
+        size = _root_mean(_by_token(truth, torch.zeros_like(truth))) or 1.0
         allowed = CHANNEL_FACTOR * floor.clamp(min=_root_mean(floor))
         worst_token = float((error / allowed).nan_to_num(nan=0.0, posinf=math.inf).max())
         parting = _parting(logits, theirs, other)

@@ -68,8 +68,9 @@ def _others(tables: Tables, place: Place) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _exchanged(tables: Tables, place: Place) -> Iterator[Tables]:
-    for kind, other in _others(tables, place):
-        yield replace(tables, kind=kind, parameters=tuple(sorted(other.items())))
+    """Parameters alone: a model may have no layer of the other type, and no tables of it."""
+    for _, other in _others(tables, place):
+        yield replace(tables, parameters=tuple(sorted(other.items())))
 
 
 def _scaled_too(tables: Tables, place: Place) -> Iterator[Tables]:

@@ -58,6 +58,11 @@ class Facts:
     def num_layers(self) -> int:
         return int(self.config.num_hidden_layers)
 
+    @property
+    def context(self) -> int:
+        """How many tokens the model was made for."""
+        return int(self.config.max_position_embeddings)
+
     def attention(self, site: str) -> str:
         """`model.layers.3.self_attn` of any site within it."""
         return site[: site.index(ATTENTION) + len(ATTENTION)]

@@ -114,6 +114,8 @@ def text_for(model: CausalLM, seed: int = 0, prompt: Sequence[int] | None = None
     Raises ProbeError for a prompt that is empty or leaves no room in the model's context.
     """
     context, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    if context == 1:
+        raise ProbeError("a context of 1 token has no room to decode: leave --decode out")
     layers = model.new_cache(1, 1).layers
     windows = sorted({one.window for one in layers if isinstance(one, SlidingCache)})
     windows = [one for one in windows if one < context - _NUM_PADS]

@@ -41,7 +41,7 @@ class _Tokens:
 def default_probe(model: CausalLM, seed: int = 0) -> Probe:
     """Prompts around the window, decoding across it, chunks, padding, far positions."""
     draw, window = _Tokens(model, seed), _length(model)
-    short, long = max(2, min(20, window // 2)), _within(model, window + 19)
+    short, long = _within(model, max(2, min(20, window // 2))), _within(model, window + 19)
     passes = [
         *chain("short", draw(2, short), [short]),
         *chain("long", draw(1, long), [long], num_logits=4),
@@ -66,13 +66,14 @@ def thorough_probe(model: CausalLM, seed: int = 0) -> Probe:
     Costs several times as much: of a large vocabulary the head is most of the work.
     """
     draw, window = _Tokens(model, seed), _length(model)
-    short, long = max(2, window // 2), _within(model, window + window // 2 + 3)
+    half, short = window // 2, _within(model, max(2, window // 2))
+    long = _within(model, window + window // 2 + 3)
     passes = [
         *chain("short", draw(2, short), [short]),
         *chain("window", draw(1, window), [window]),
         *chain("long", draw(2, long), [long]),
         *_decoding(draw(2, _within(model, window + 5)), 8),
-        *_chunks(draw(1, _within(model, short + window + 5)), [short, short + window]),
+        *_chunks(draw(1, _within(model, half + window + 5)), [half, half + window]),
         *_padded(draw(3, _within(model, long + 2))),
         _far(draw(1, long), model.config.max_position_embeddings),
     ]
@@ -80,7 +81,12 @@ def thorough_probe(model: CausalLM, seed: int = 0) -> Probe:
 
 
 def training_batch(model: CausalLM, seed: int = 0) -> Tensor:
-    """Token ids (2, tokens) to differentiate a loss of: beyond the window where that is short."""
+    """Token ids (2, tokens) to differentiate a loss of: beyond the window where that is short.
+
+    Raises ProbeError where no token has a successor.
+    """
+    if model.config.max_position_embeddings == 1:
+        raise ProbeError("a context of 1 token has no next one to predict: leave --backward out")
     return _Tokens(model, seed)(2, _within(model, min(_length(model) + 9, _TRAINED_LENGTH)))
 
 
@@ -106,9 +112,14 @@ def _chunks(input_ids: Tensor, cuts: Sequence[int], num_logits: int | None = Non
 
 
 def _padded(input_ids: Tensor, num_logits: int | None = None) -> list[Pass]:
-    """A left-padded batch: rows a third short, one token short, then full; and two decode steps."""
-    mask = torch.ones_like(input_ids)
-    prompt = input_ids.shape[1] - 2
+    """A left-padded batch: rows a third short, one token short, then full; and two decode steps.
+
+    Fewer steps where there is room for fewer; a row of one token cannot be padded.
+    """
+    count, mask = input_ids.shape[1], torch.ones_like(input_ids)
+    if count == 1:
+        return []
+    prompt = max(2, count - 2)
     mask[0, : prompt // 3], mask[1, :1] = 0, 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return [
@@ -116,8 +127,8 @@ def _padded(input_ids: Tensor, num_logits: int | None = None) -> list[Pass]:
             one, positions=positions[:, end - one.num_tokens : end], attention_mask=mask[:, :end]
         )
         for one, end in zip(
-            chain("padded", input_ids, [prompt, prompt + 1, prompt + 2], num_logits),
-            (prompt, prompt + 1, prompt + 2),
+            chain("padded", input_ids, range(prompt, count + 1), num_logits),
+            range(prompt, count + 1),
             strict=True,
         )
     ]
@@ -161,6 +172,8 @@ class _Feature:
     """What a probe needs to have, in words."""
     seen: Callable[[Pass, int], bool]
     """Whether a pass, with so many tokens before it, exercises it."""
+    least: int = 1
+    """A shorter context has no room for such a pass, and nothing to exercise."""
 
 
 def unexercised(model: CausalLM, probe: Probe) -> tuple[NotVerified, ...]:
@@ -174,34 +187,38 @@ def unexercised(model: CausalLM, probe: Probe) -> tuple[NotVerified, ...]:
 def lacking(model: CausalLM, probe: Probe) -> Iterator[tuple[str, str]]:
     """The same as names, and what the probe would need for each."""
     for one in _features(model):
+        if one.least > model.config.max_position_embeddings:
+            continue
         if not any(one.seen(each, probe.past(each)) for each in probe):
             yield one.name, one.needs
 
 
 def _features(model: CausalLM) -> Iterable[_Feature]:
     yield _Feature("several rows", "pass of several rows", lambda one, _: len(one.input_ids) > 1)
-    yield _Feature("left padding", "left-padded row", lambda one, _: not bool(one.real.all()))
+    yield _Feature("left padding", "left-padded row", lambda one, _: not bool(one.real.all()), 2)
     yield _Feature(
-        "decoding", "step of one token", lambda one, past: past > 0 and one.num_tokens == 1
+        "decoding", "step of one token", lambda one, past: past > 0 and one.num_tokens == 1, 2
     )
     yield _Feature(
         "prefill in chunks",
         "second chunk of a prompt",
         lambda one, past: past > 0 and one.num_tokens > 1,
+        3,
     )
-    context = model.config.max_position_embeddings
-    for window in (one for one in _windows(model) if one < context):
+    for window in _windows(model):
         yield from _window_features(window)
-    for chunk in (one for one in _chunk_lengths(model) if one < context):
+    for chunk in _chunk_lengths(model):
         first = f"first token of an attention chunk of {chunk}, decoded"
-        yield _Feature(first, f"step of one token after a multiple of {chunk}", _opening(chunk))
+        needs = f"step of one token after a multiple of {chunk}"
+        yield _Feature(first, needs, _opening(chunk), chunk + 1)
     for name, module in model.named_modules():
         rope = module.rope if isinstance(module, RotaryEmbedding) else None
         original = rope.original_max_position_embeddings if rope else None
-        if original is not None and original < context:
+        if original is not None:
             scaled = f"{name} beyond {original} positions, where its scaling sets in"
-            yield _Feature(scaled, f"position from {original} on", _reaching(original))
-    end = context - 1
+            needs = f"position from {original} on"
+            yield _Feature(scaled, needs, _reaching(original), original + 1)
+    end = model.config.max_position_embeddings - 1
     yield _Feature(f"positions up to {end}", "position at the end of the context", _reaching(end))
 
 
@@ -218,9 +235,11 @@ def _window_features(window: int) -> Iterable[_Feature]:
         f"sliding window of {window}",
         f"prompt of more than {window} tokens",
         lambda one, past: past == 0 and one.num_tokens > window,
+        window + 1,
     )
     yield _Feature(
         f"decoding past the window of {window}",
         f"step of one token after {window} others",
         lambda one, past: past >= window and one.num_tokens == 1,
+        window + 1,
     )

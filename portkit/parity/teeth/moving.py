@@ -8,6 +8,7 @@ other values do not fit the checkpoint's tensors is held by loading. Knows no fa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from portkit.architecture import CausalLM
 from portkit.errors import Mismatch, PortkitError
 from portkit.loading import Blueprint, skeleton_of
 from portkit.nn.cache import Cache
+from portkit.nn.rope import RotaryEmbedding
 from portkit.parity.judging.judge import SAME_FUNCTION
 from portkit.parity.judging.ledger import LOGITS, by_token, rows, same_shape
 from portkit.parity.judging.local import Trace, fitted
@@ -27,7 +29,7 @@ from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.probes.probing import lacking
 from portkit.parity.sides.sites import PortSide, SiteTable, watching
 from portkit.parity.teeth.neighbours import Move, Neighbour, moves
-from portkit.parity.teeth.sensitivity import LOADING, UNREAD, Sensitivity
+from portkit.parity.teeth.sensitivity import LOADING, NO_FREQUENCY, UNREAD, Sensitivity
 from portkit.parity.teeth.twins import Noting, Shelf, built_otherwise, stand_in, twin_of
 
 _BROKEN = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
@@ -47,8 +49,8 @@ class _Twin:
     move: Move
     neighbour: Neighbour
     model: CausalLM
-    otherwise: tuple[str, ...]
-    """Modules that are built otherwise."""
+    otherwise: Mapping[str, bool]
+    """Modules that are built otherwise; False: in nothing but the config that they hold."""
     plain: Mapping[str, nn.Module]
     """Those of them that one input decides, by their sites."""
     caches: dict[str, Cache] = field(default_factory=dict)
@@ -126,7 +128,7 @@ class ConfigMoves:
                 continue
             otherwise = built_otherwise(made, self._plain)
             if twin is None or any(otherwise.values()):
-                twin = _Twin(move, neighbour, made, tuple(otherwise), _leaves(made, otherwise))
+                twin = _Twin(move, neighbour, made, otherwise, _leaves(made, otherwise))
             if any(otherwise.values()) or not is_built_of:
                 break
         if twin is None:
@@ -254,13 +256,28 @@ class ConfigMoves:
     def found(self) -> tuple[Sensitivity, ...]:
         """Of each field whether it was seen: a field that can move in several ways in all."""
         for twin in self._open:
-            if twin.otherwise or twin.move.top in self._noting.read:
+            nothing = self._decides_nothing(twin)
+            if nothing is not None:
+                self._tell(twin.move, None, nothing, twin.neighbour)
+            else:
                 reason = f"nothing shows {twin.neighbour.said}{self._lacks(twin)}"
                 self._tell(twin.move, False, reason, twin.neighbour)
-            else:
-                self._tell(twin.move, None, UNREAD, twin.neighbour)
         self._open.clear()
         return tuple(map(_weakest, self._fields.values()))
+
+    def _decides_nothing(self, twin: _Twin) -> str | None:
+        """Why no probe could show the other value, where that is so."""
+        if not twin.otherwise and twin.move.top not in self._noting.read:
+            return UNREAD
+        modules = map(twin.model.get_submodule, twin.otherwise)
+        if twin.otherwise and all(isinstance(one, RotaryEmbedding) for one in modules):
+            return None if any(twin.otherwise.values()) else NO_FREQUENCY
+        context = self._plain.config.max_position_embeddings
+        ours, theirs = _reaches(twin.model), _reaches(self._plain)
+        within = [[min(one, context) for one in each] for each in (ours, theirs)]
+        if ours != theirs and within[0] == within[1]:
+            return f"no layer sees fewer than the {context} tokens of the context by either"
+        return None
 
     def _lacks(self, twin: _Twin) -> str:
         """What the probe lacks of what the field decides."""
@@ -285,6 +302,11 @@ def _leaves(model: CausalLM, names: Iterable[str]) -> dict[str, nn.Module]:
     """Those of the modules that have no parts."""
     modules = {name: model.get_submodule(name) for name in names}
     return {name: one for name, one in modules.items() if not any(one.children())}
+
+
+def _reaches(model: CausalLM) -> list[float]:
+    """How many tokens each layer's cache shows: as many as there are, but for a window."""
+    return [getattr(one, "window", math.inf) for one in model.new_cache(1, 1).layers]
 
 
 def _weakest(told: list[Sensitivity]) -> Sensitivity:

@@ -12,6 +12,7 @@ from typing import Any
 
 LOADING = "held by loading"
 UNREAD = "no forward pass depends on it"
+NO_FREQUENCY = "no rotary frequency depends on it"
 
 
 @dataclass(frozen=True)
