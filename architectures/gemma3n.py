@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from architectures.gemma3n_config import (
     FULL,
-    SLIDING,
     Gemma3nConfig,
     nested_config,
     read_config,

@@ -229,7 +229,7 @@ def _prompt(blueprint: Blueprint, probe: Probe) -> tuple[list[int], int]:
             words = Tokenizer.open(blueprint.checkpoint.files).encode(_OPENING)
             prompt = words if words and max(words) < blueprint.config.vocab_size else prompt
     num_tokens = max(1, min(NUM_TOKENS, context // 2))
-    return prompt[: context - num_tokens], num_tokens
+    return prompt[: max(1, context - num_tokens)], num_tokens
 
 
 def _not_verified(question: Question, prepared: _Prepared) -> Iterator[NotVerified]:

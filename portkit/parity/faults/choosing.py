@@ -17,6 +17,8 @@ from portkit.parity.faults.scene import Scene
 from portkit.parity.judging.routing import logits_before
 from portkit.parity.sides.sites import EXPERTS, choice_of
 
+_MATRICES = ("gate_up", "down")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -164,8 +166,7 @@ class Total:
 
 def _matrices(scene: Scene, experts: str, number: int) -> tuple[Tensor, Tensor]:
     gate_up, down = (
-        scene.upcast(scene.facts.parameters[f"{experts}.{name}_proj"][number])
-        for name in ("gate_up", "down")
+        scene.upcast(scene.facts.parameters[f"{experts}.{name}_proj"][number]) for name in _MATRICES
     )
     return gate_up, down
 
@@ -191,9 +192,16 @@ def mixtures(scene: Scene, site: str) -> Iterator[Mixture | Sent | Blocks | Tota
     if f"{experts}.gate_up_proj" not in scene.facts.parameters or choice not in scene.trace:
         return
     source = f"{logits_before(choice, scene.trace)}:in"
-    # Experts are given their choices' weights, or each of them all tokens, weighted already.
+    # Experts are given their choices' weights, or each of them all tokens, weighted already: those
+    # are multiplied by matrices stored as (experts, in, out), which tells them where there is one.
     sent, given = scene.trace.get(f"{experts}:in"), scene.trace.get(source)
-    is_sent = sent is not None and given is not None and len(sent) != len(given)
+    gate_up, down = (scene.facts.parameters[f"{experts}.{name}_proj"] for name in _MATRICES)
+    is_sent = (
+        sent is not None
+        and given is not None
+        and len(sent) == len(down) * len(given)
+        and gate_up.shape[2] == 2 * down.shape[1]
+    )
     if site == experts and not is_sent:
         for weighs in ("output", "input"):
             yield Mixture(block, source, weighs)

@@ -131,7 +131,7 @@ def _other_experts(parameter: Parameter, place: Place) -> Iterator[Parameter]:
     """Another expert's matrix, or a block in another order."""
     place_of = re.fullmatch(r"(.+\.experts\.\w+_proj)\.(\d+)", parameter.source)
     count = _num_experts(place, parameter.source)
-    if not count:
+    if count < 2:
         return
     orders = (
         (*range(1, count), 0),

@@ -29,7 +29,7 @@ from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.probes.probing import lacking
 from portkit.parity.sides.sites import PortSide, SiteTable, watching
 from portkit.parity.teeth.neighbours import Move, Neighbour, moves
-from portkit.parity.teeth.sensitivity import LOADING, NO_FREQUENCY, UNREAD, Sensitivity
+from portkit.parity.teeth.sensitivity import LOADING, NO_ANGLE, UNREAD, Sensitivity
 from portkit.parity.teeth.twins import Noting, Shelf, built_otherwise, stand_in, twin_of
 
 _BROKEN = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
@@ -269,10 +269,11 @@ class ConfigMoves:
         """Why no probe could show the other value, where that is so."""
         if not twin.otherwise and twin.move.top not in self._noting.read:
             return UNREAD
+        context = self._plain.config.max_position_embeddings
         modules = map(twin.model.get_submodule, twin.otherwise)
         if twin.otherwise and all(isinstance(one, RotaryEmbedding) for one in modules):
-            return None if any(twin.otherwise.values()) else NO_FREQUENCY
-        context = self._plain.config.max_position_embeddings
+            turns = any(twin.otherwise.values()) and context > 1  # position 0 is not rotated
+            return None if turns else NO_ANGLE
         ours, theirs = _reaches(twin.model), _reaches(self._plain)
         within = [[min(one, context) for one in each] for each in (ours, theirs)]
         if ours != theirs and within[0] == within[1]:

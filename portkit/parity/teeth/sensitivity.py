@@ -12,7 +12,7 @@ from typing import Any
 
 LOADING = "held by loading"
 UNREAD = "no forward pass depends on it"
-NO_FREQUENCY = "no rotary frequency depends on it"
+NO_ANGLE = "no rotary angle within the context depends on it"
 
 
 @dataclass(frozen=True)
