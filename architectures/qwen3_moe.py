@@ -35,7 +35,7 @@ from portkit.nn.mlp import GatedMLP
 from portkit.nn.moe import GatedExperts, Routing
 from portkit.nn.norms import RMSNorm
 from portkit.nn.rope import RopeParameters, RotaryEmbedding, rotate
-from portkit.weights import Copy, Slice, Tie, WeightMap
+from portkit.weights import Copy, CopyOfOne, Slice, Tie, WeightMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +279,7 @@ WEIGHTS = WeightMap(
         Copy("model.layers.{layer}.post_attention_layernorm.weight"),
         Copy("model.layers.{layer}.mlp.{proj=gate|up|down}_proj.weight"),
         Copy("model.layers.{layer}.mlp.gate.weight"),
-        Copy(
+        CopyOfOne(
             f"{_EXPERTS}.{{proj=gate|up|down}}_proj.{{expert}}",
             source=f"{_EXPERTS}.{{expert}}.{{proj}}_proj.weight",
         ),

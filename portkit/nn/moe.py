@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ALIGNED_BYTES = 16
-
 
 class Routing(NamedTuple):
     """A router's choice for each token."""
@@ -76,7 +74,6 @@ class GatedExperts(nn.Module):
 
     The matrices are an expert's own, as (out, in): loaded in the dtype that they are stored in they
     stay views of the file, and of a large model only those that are chosen are ever read.
-    The reference stacks them in memory of its own, where each begins as torch aligns it.
     """
 
     def __init__(
@@ -108,14 +105,13 @@ class GatedExperts(nn.Module):
         return weighted[order.argsort()].view(*experts.shape, -1).sum(1)
 
     def _run(self, expert: int, x: Tensor) -> Tensor:
-        matrices = (one[expert] for one in (self.gate_proj, self.up_proj, self.down_proj))
-        gate_proj, up_proj, down_proj = (_aligned(one, len(x)) for one in matrices)
+        gate_proj, up_proj = self.gate_proj[expert], self.up_proj[expert]
         if torch.is_grad_enabled():
             # In one product, as in the reference: x's gradient is then one sum and not two.
             gate, up = F.linear(x, torch.cat((gate_proj, up_proj))).chunk(2, dim=-1)
         else:
             gate, up = F.linear(x, gate_proj), F.linear(x, up_proj)
-        return F.linear(self.act(gate) * up, down_proj)
+        return F.linear(self.act(gate) * up, self.down_proj[expert])
 
 
 class ExpertsByChoice(nn.Module):
@@ -165,16 +161,6 @@ class ExpertsByChoice(nn.Module):
     ) -> Tensor:
         gate, up = multiply(x, gate_up_proj).chunk(2, dim=-1)
         return multiply(up * self.act(gate), down_proj)
-
-
-def _aligned(matrix: Tensor, num_rows: int) -> Tensor:
-    """A matrix as one that was allocated: a view of a file may begin anywhere.
-
-    A single row's product sums in another order where a float32 matrix begins at no multiple of 16
-    bytes. Other products do not.
-    """
-    begins_anywhere = num_rows == 1 and matrix.dtype is torch.float32
-    return matrix.clone() if begins_anywhere and matrix.data_ptr() % _ALIGNED_BYTES else matrix
 
 
 def _matrices(count: int, rows: int, columns: int) -> nn.ParameterList:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 Reader = Callable[[str], Tensor]
 Shape = tuple[int, ...]
+_ALIGNED_BYTES = 16
+"""Where a matrix begins at no multiple of it, torch multiplies one row by another kernel."""
 
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)(?:=([^{}]+))?\}|\{\*\}$")
 _NUMBER = "0|[1-9][0-9]*"
@@ -96,6 +98,20 @@ class Copy:
 
     def split(self, parameter: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
         return (parameter,)
+
+
+@dataclass(frozen=True)
+class CopyOfOne(Copy):
+    """The same, of one of several that the reference stacks in memory of its own.
+
+    Left a view of the file it may begin at any byte, and a single row's float32 product then sums
+    in another order than the reference's: such a view is copied.
+    """
+
+    def assemble(self, read: Reader, sources: Sequence[str], into: Placement) -> Tensor:
+        found = super().assemble(read, sources, into)
+        begins_anywhere = found.dtype is torch.float32 and found.data_ptr() % _ALIGNED_BYTES
+        return found.clone() if begins_anywhere else found
 
 
 @dataclass(frozen=True)
