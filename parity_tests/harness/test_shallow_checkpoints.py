@@ -38,15 +38,12 @@ from portkit.parity.teeth.sensitivity import NO_ANGLE, UNREAD
 DTYPES = [torch.float32, torch.bfloat16]
 ALWAYS = {
     "gemma3: only sliding",
-    "gemma3: only full, stretched",
     "cohere2: a window beyond the context",
     "llama: a context of 1",
     "mistral: a context of 2",
-    "llama4: only without positions",
-    "gemma3n: only sliding, the second shares",
     "qwen3 moe: one expert",
 }
-"""Of what the default tests take, a second or two each."""
+"""What the default tests take, a few seconds each."""
 UNDECIDED = {"qwen3 moe: one expert": {"config: norm_topk_prob"}}
 """Fields that decide nothing in such a model, for a reason that no rule knows: the weight of an
 only expert is one, whether or not it is divided by its sum."""
