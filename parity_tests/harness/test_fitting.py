@@ -26,7 +26,7 @@ def fit(name: str, own: Tensor, theirs: Tensor, fitting: Fitting | None = None) 
     return (shown[0] if shown else None), went_on
 
 
-THEIRS = torch.randn(2, 5, 3, 4)
+THEIRS = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_fits_in_no_way_is_left_alone(own: Tensor, theirs: Tensor) -> None:
 
 
 def test_cached_keys_kept_otherwise() -> None:
-    keys = torch.randn(2, 2, 5, 4)
+    keys = torch.randn(2, 2, 5, 4)  # as many heads as rows
     repeated = keys.repeat_interleave(3, 1)
     buffer = torch.cat((keys, torch.zeros(2, 2, 4, 4)), 2)
     history = torch.cat((torch.randn(2, 2, 4, 4), keys), 2)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from math import prod
 
@@ -101,48 +101,38 @@ class Fitting:
         return shown
 
     def _way(self, run: str, name: str, tensor: Tensor, recorded: Tensor) -> Way | None:
-        floating = tensor.is_floating_point()
-        if floating != recorded.is_floating_point() or not (
-            floating or tensor.dtype == recorded.dtype
-        ):
-            return None  # an additive mask for one of words, say
+        both_float = tensor.is_floating_point() and recorded.is_floating_point()
+        if not both_float and tensor.dtype != recorded.dtype:
+            return None  # an additive mask for a boolean one, say
         key = kind_of(name), tensor.shape, recorded.shape
         if key not in self._ways:
             self._ways[key] = tuple(_ways(*key))
         ways = self._ways[key]
-        if not ways:
-            return None
-        way = ways[0]
-        if len(ways) > 1:
-            way = self._nearest(key[0], ways, tensor, recorded)
-        elif len(set(tensor.shape)) == tensor.dim():
-            self._orders[key[0]] = way.order
-        return self._in_ring(run, name, way, tensor, recorded)
-
-    def _nearest(self, kind: str, ways: tuple[Way, ...], tensor: Tensor, recorded: Tensor) -> Way:
-        known = [one for one in ways if one.order == self._orders.get(kind)]
-        ways = tuple(known) or ways
-        if len(ways) == 1 or not tensor.is_floating_point():
-            return ways[0]
-        return min(ways, key=lambda way: _apart(way.there(tensor), recorded))
-
-    def _in_ring(self, run: str, name: str, way: Way, tensor: Tensor, recorded: Tensor) -> Way:
-        """Keys and values in ring order, and the mask that goes with them."""
+        if len(ways) == 1 and len(set(tensor.shape)) == tensor.dim():
+            self._orders[key[0]] = ways[0].order
+        known = [one for one in ways if one.order == self._orders.get(key[0])] or [*ways]
         attention, _, point = name.partition("#")
-        if point == "mask" and (first := self._rings.get((run, attention))):
-            return _Rolled(way.order, way.shape, rolled=first)
-        if point not in {"key", "value"} or tensor.dim() != 4 or way.start is not None:
-            return way
-        seen = way.there(tensor)
-        if seen.dtype == recorded.dtype and torch.equal(seen, recorded):
-            return way
-        gaps = (seen.double() - recorded.double()[:, :, :1]).abs().sum((0, 1, 3))
-        first = int(gaps.nan_to_num(torch.inf).argmin())
-        ring = Way(way.order, way.shape, way.repeats, None, first)
-        if first == 0 or 2 * _apart(ring.there(tensor), recorded) > _apart(seen, recorded):
-            return way
-        self._rings[run, attention] = first
-        return ring
+        if point in {"key", "value"} and tensor.dim() == 4:
+            known = [_in_ring(one, tensor, recorded) for one in known]
+        if len(known) > 1 and both_float:
+            known.sort(key=lambda way: _apart(way.there(tensor), recorded))
+        way = next(iter(known), None)
+        if way is not None and way.rolled:
+            self._rings[run, attention] = way.rolled
+        first = self._rings.get((run, attention)) if point == "mask" else None
+        return way if way is None or not first else _Rolled(way.order, way.shape, rolled=first)
+
+
+def _in_ring(way: Way, tensor: Tensor, recorded: Tensor) -> Way:
+    """The same way; or that of a ring, where this explains more than half of the difference."""
+    seen = way.there(tensor)
+    if way.start is not None or (seen.dtype == recorded.dtype and torch.equal(seen, recorded)):
+        return way
+    gaps = (seen.double() - recorded.double()[:, :, :1]).abs().sum((0, 1, 3))
+    first = int(gaps.nan_to_num(torch.inf).argmin())
+    ring = replace(way, rolled=first)
+    is_nearer = 2 * _apart(ring.there(tensor), recorded) < _apart(seen, recorded)
+    return ring if first and is_nearer else way
 
 
 class _Rolled(Way):
