@@ -3,6 +3,7 @@
     import portkit
     loaded = portkit.load("google/gemma-3-270m")      # a directory or a Hub id
     logits = loaded.model(input_ids)                  # (batch, tokens, vocab_size)
+    text = loaded.generate("Once upon a time")
 
 Importing this package imports nothing else: torch is loaded when the first name is used.
 """
@@ -16,21 +17,24 @@ if TYPE_CHECKING:
     from portkit.checkpoint import Checkpoint
     from portkit.errors import PortkitError
     from portkit.exporting import export
-    from portkit.loading import LoadedModel, load, open_checkpoint
+    from portkit.generation.loaded import Loaded, load
+    from portkit.loading import LoadedModel, open_checkpoint
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Checkpoint": "portkit.checkpoint",
+    "Loaded": "portkit.generation.loaded",
     "LoadedModel": "portkit.loading",
     "PortkitError": "portkit.errors",
     "export": "portkit.exporting",
-    "load": "portkit.loading",
+    "load": "portkit.generation.loaded",
     "open_checkpoint": "portkit.loading",
 }
 
 __all__ = [
     "Checkpoint",
+    "Loaded",
     "LoadedModel",
     "PortkitError",
     "__version__",

@@ -248,8 +248,8 @@ class Buffered(Decoder):
     """Buffers in its modules that are written in place; it is told where to go on."""
 
     attention = BufferedAttention
-    logits: Tensor
 
+    @torch.inference_mode()
     def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
         num_new = tokens.shape[1]
         positions = torch.arange(start_pos, start_pos + num_new)[None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 import portkit.parity
 from parity_tests.conftest import CheckpointMaker
+from portkit.cli import main
 from portkit.errors import PortError, PortkitError, ProbeError
 from portkit.loading import load
 from portkit.parity.judging.judge import Verdict
@@ -110,7 +113,9 @@ def test_float32_says_that_care_was_not_seen(qwen3: Path) -> None:
     [
         ({"probe": "long"}, ProbeError, "choose one of default, quick, thorough"),
         ({"sites": "a = b"}, PortkitError, "the port has no module a"),
-        ({"gates": "exact"}, TypeError, "takes no gates"),
+        ({"gates": "exact"}, TypeError, "unexpected keyword argument 'gates'"),
+        ({"sites": "nowhere.sites"}, PortkitError, "nowhere.sites cannot be read"),
+        ({"golden": "a.safetensors"}, PortError, "the recording is the reference"),
         ({"reference": "nowhere:load"}, PortError, "no module nowhere"),
     ],
 )
@@ -119,6 +124,80 @@ def test_bad_options(
 ) -> None:
     with pytest.raises(error, match=said):
         portkit.parity.compare(Wrapped(load(qwen3).model), qwen3, **options)
+
+
+def test_help_reads_like_documentation() -> None:
+    """Every option stands in the signature with its default, and in the text with what it is."""
+    command = [sys.executable, "-c", "import portkit.parity; help(portkit.parity.compare)"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    signature, _, text = shown.partition("Hold a port against the reference, at every site")
+    options = inspect.signature(portkit.parity.compare).parameters
+    assert "faults: \"Literal['full', 'sampled', 'off']\" = 'off'" in signature
+    for name, one in options.items():
+        assert name in signature
+        assert re.search(rf"^ *{name}( {{2,}}\S|$)", text, re.MULTILINE), name
+        assert (one.default is one.empty) == (name in {"port", "repo"})
+    assert max(map(len, text.splitlines())) <= 100
+    asserting = inspect.signature(portkit.parity.assert_parity)
+    assert asserting == inspect.signature(portkit.parity.compare)
+
+
+def test_a_factory_is_asked_in_both_dtypes(qwen3: Path) -> None:
+    def load_it(directory: Path, dtype: torch.dtype, device: torch.device) -> Wrapped:
+        return Wrapped(load(directory, dtype=str(dtype)[6:], device=str(device)).model)
+
+    result = portkit.parity.compare(load_it, qwen3, probe=[5, 6, 7], dtype=torch.float32)
+    assert [one.dtype for one in result.comparisons] == ["float32", "bfloat16"]
+    assert (result.verdict, result.first, result.causes) == (Verdict.exact, None, {})
+
+
+def test_what_else_the_command_can_ask(qwen3: Path, tmp_path: Path) -> None:
+    result = portkit.parity.compare(
+        None, qwen3, probe="quick", backward=True, faults="sampled", reference_attention="eager"
+    )
+    assert result.gradients is not None
+    assert result.teeth is not None
+    assert result.gate == "exact"
+    trace = tmp_path / "recorded.safetensors"
+    with pytest.raises(SystemExit):
+        main(["record", str(qwen3), "--quick", "--out", str(trace)])
+    for asked in ({"golden": trace}, {"reference": str(trace)}):
+        recorded: Any = portkit.parity.compare(None, qwen3, **asked)
+        assert recorded.verdict is Verdict.exact
+        assert recorded.notes[0].startswith("held against recorded.safetensors")
+
+
+def test_decoding_from_python(qwen3: Path) -> None:
+    found = portkit.parity.decode(qwen3, probe=[5, 6, 7, 8], dtype=torch.bfloat16)
+    assert found.verdict in {Verdict.exact, Verdict.rounding}
+    assert len(found.matrices) == 1
+
+
+def test_the_first_culprit_and_its_cause(qwen3: Path) -> None:
+    model = Wrapped(load(qwen3).model)
+    model.model.layers[0].input_layernorm.eps = 1e-5
+    result = portkit.parity.compare(model, qwen3, probe="quick")
+    assert result.first is not None
+    assert result.first.site == "model.layers.0.input_layernorm"
+    assert result.causes[result.first.site].sentence in str(result)
+
+
+def test_a_loaded_checkpoint_speaks() -> None:
+    loaded = portkit.load(DEMO, dtype=torch.float32, device=torch.device("cpu"))
+    assert next(loaded.model.parameters()).dtype is torch.float32
+    ids = loaded.tokenizer.encode("Once upon a time")
+    said = loaded.generate("Once upon a time", max_new_tokens=6, do_sample=False)
+    went_on = loaded.tokenizer.encode(said, special=False)
+    cache = loaded.model.new_cache(1, 40)
+    for token in went_on[:3]:
+        logits = loaded.model(torch.tensor([ids]), cache=cache)
+        cache.advance(len(ids))
+        assert int(logits[0, -1].argmax()) == token
+        ids = [token]
+    again = [loaded.generate("Once", max_new_tokens=6, temperature=1.5, seed=n) for n in (1, 1, 2)]
+    assert again[0] == again[1] != again[2]
+    with pytest.raises(PortkitError, match="temperature"):
+        loaded.generate("Once", temperature=-1)
 
 
 def test_what_is_no_port_is_refused(qwen3: Path) -> None:

@@ -66,6 +66,7 @@ def check_right(result: Result, kind: str) -> None:
     assert len(found.judgements) == (83 if kind == "ringed" else 95)
     names = [one.name for one in result.not_verified]
     assert not [one for one in names if "not compared" in one or "_norm" in one], names
+    assert ("the port: the same function" in names) == (kind == "without float64")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
     import portkit.parity
     result = portkit.parity.compare(model, "google/gemma-3-270m")    # verdict, culprits, report
     portkit.parity.assert_parity(model, "google/gemma-3-270m")       # in a test
+    portkit.parity.decode("google/gemma-3-270m")                     # every way of decoding
 
     from portkit.parity import record
     query = record("#query", query)      # in a port of your own: a site of its comparison
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from portkit.parity.sides.points import record
 
 if TYPE_CHECKING:
-    from portkit.parity.api import Result, assert_parity, compare
+    from portkit.parity.api import Result, assert_parity, compare, decode
 
-_LAZY = ("Result", "assert_parity", "compare")
+_LAZY = ("Result", "assert_parity", "compare", "decode")
 
-__all__ = ["Result", "assert_parity", "compare", "record"]
+__all__ = ["Result", "assert_parity", "compare", "decode", "record"]
 
 
 def __getattr__(name: str) -> Any:

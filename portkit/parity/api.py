@@ -1,26 +1,27 @@
 """The question of parity from Python: in a notebook, or in a porter's own tests.
 
     result = portkit.parity.compare(model, "google/gemma-3-270m", sites=PAIRS)
-    result.verdict, result.culprits, result.report("report")
+    result.verdict, result.first, result.causes, result.report("report")
 
 Knows what a user has at hand, a model, a factory, its name, and turns it into a `Question`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import wraps
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 import torch
 from torch import nn
 
 from portkit.envelope import envelope
 from portkit.errors import PortError, ProbeError, SiteError
-from portkit.json_reading import read_text
 from portkit.parity.judging.judge import Judgement, Verdict
 from portkit.parity.probes import probing
 from portkit.parity.probes.probe import Probe
@@ -28,41 +29,25 @@ from portkit.parity.prove import prove
 from portkit.parity.question import Question
 from portkit.parity.reports import report, schema, summary
 from portkit.parity.result import ParityResult
+from portkit.parity.teeth.diagnose import Cause
+from portkit.parity.traces.golden import prove_by
+from portkit.parity.traces.trace_file import TraceFile
 from portkit.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from portkit.loading import Blueprint
+    from portkit.parity.decoding.proof import DecodeParity
 
 Port = nn.Module | Callable[..., Any] | str | None
+Choice = str | Sequence[int] | Probe
+_Asked = ParamSpec("_Asked")
 _PROBES = {
     "default": probing.default_probe,
     "quick": probing.quick_probe,
     "thorough": probing.thorough_probe,
 }
-
-
-class Options(TypedDict, total=False):
-    """What else may be asked; words are the command's."""
-
-    reference: Port
-    """Stands in the reference's place; None: Transformers."""
-    probe: str | Sequence[int] | Probe
-    """default, quick, thorough, token ids, or a probe."""
-    gate: Literal["exact", "rounding"]
-    """What passes: rounding, or for our own port on the CPU exact, where nothing is said."""
-    sites: str | Path
-    """A table of site pairs, or the file that it is in."""
-    dtype: str
-    """auto: the model's own where one is given, else the checkpoint's."""
-    device: str
-    attention: str
-    """sdpa or eager, of both sides where they are ours and Transformers."""
-    layers: range
-    threads: int
-    revision: str
-    ignore_config: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -78,6 +63,20 @@ class Result(ParityResult):
     def culprits(self) -> tuple[Judgement, ...]:
         """Sites that diverged where they are made, in order of execution, in each dtype."""
         return tuple(one for each in self.comparisons for one in each.culprits)
+
+    @property
+    def first(self) -> Judgement | None:
+        """The first culprit; None where there is none."""
+        return next(iter(self.culprits), None)
+
+    @property
+    def causes(self) -> dict[str, Cause]:
+        """Why a site differs, as far as it is known, by its name; the first dtype's word counts."""
+        return {
+            site: cause
+            for each in reversed(self.comparisons)
+            for site, cause in each.causes.items()
+        }
 
     @property
     def holds(self) -> bool:
@@ -102,62 +101,177 @@ class Result(ParityResult):
         return f"<pre>{escape(str(self))}</pre>"
 
 
-def compare(port: Port, repo: str | Path, **options: Unpack[Options]) -> Result:
+def compare(  # noqa: PLR0913  # one name for each thing that may be asked
+    port: Port,
+    repo: str | Path,
+    *,
+    reference: Port = None,
+    sites: str | Path | None = None,
+    probe: Choice = "default",
+    seed: int = 0,
+    gate: Literal["exact", "rounding"] | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    attention: Literal["sdpa", "eager"] = "sdpa",
+    reference_attention: Literal["sdpa", "eager"] | None = None,
+    layers: range | None = None,
+    backward: bool = False,
+    faults: Literal["full", "sampled", "off"] = "off",
+    golden: str | Path | None = None,
+    threads: int = 1,
+    revision: str | None = None,
+    ignore_config: Sequence[str] = (),
+) -> Result:
     """Hold a port against the reference, at every site that both have.
 
-    `port`: a model or another callable `(input_ids, positions, attention_mask, cache=None)`, one of
-    portkit's own models, the name of a factory as `module:factory`, or None for our own port.
-    `repo`: the checkpoint's folder or its name on the Hub. Raises a `PortkitError` on bad input.
+        result = portkit.parity.compare(model, "google/gemma-3-270m", sites="my.sites")
+        print(result)                   # the report, in words
+        result.verdict                  # exact, rounding, inconclusive or diverged
+        result.first                    # the first culprit: its site, kind and errors, or None
+        result.causes[result.first.site].sentence
+        result.report("report")         # a page, and what machines read
+
+    The port:
+
+    port         a model, or any callable that gives logits; a factory (directory, dtype, device)
+                 that makes one; the name of a factory, "module:factory" or "file.py:factory"; None
+                 for portkit's own port
+    repo         the checkpoint's folder, or its name on the Hub
+    sites        which of its modules is which site: a table of pairs, or the file that holds one
+    revision     of the repository on the Hub: a branch, a tag or a commit
+    ignore_config
+                 keys of config.json to go on without
+
+    A callable takes input_ids and, as far as it likes, positions, attention_mask and cache, by
+    these names or by those of Hugging Face. It returns logits (batch, tokens, vocab_size), a pair
+    (logits, cache), or an object with .logits. What it does not take is in result.not_verified.
+
+    What it is held against:
+
+    reference    None for Transformers; else anything that a port may be, or the path of a recording
+    golden       a recording (portkit record) that portkit's own port is held against
+    attention    the attention kernel of portkit's own port, and of the reference: sdpa or eager
+    reference_attention
+                 another kernel for the reference
+
+    How:
+
+    probe        "default", "quick" or "thorough"; token ids; or a Probe
+    seed         of the probe's token ids
+    dtype        to compute in: a torch.dtype or its name. "auto" is the model's own where one is
+                 given, else the checkpoint's; a factory is asked in bfloat16 as well
+    device       to compute on
+    layers       range(4, 8) holds the layers 4 to 7 against the truth, and leaves the others out
+    threads      how many compute; bits depend on it
+
+    What else is asked:
+
+    gate         what result.holds lets pass: "exact" or "rounding". None is rounding, and for
+                 portkit's own port on a CPU exact
+    backward     gradients too (result.gradients); portkit's own port alone
+    faults       how many known mistakes to try: would this probe see them? (result.teeth)
+
+    Raises a PortkitError, in one line, on input that is no port, no checkpoint, or no table.
     """
-    unknown = options.keys() - Options.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"compare() takes no {', '.join(sorted(unknown))}")
-    reference = options.get("reference")
-    device = options.get("device", "cpu")
-    dtype = options.get("dtype", "auto")
+    if isinstance(reference, str) and Path(reference).suffix == ".safetensors":
+        golden, reference = reference, None
+    if golden is not None and not (port is None and reference is None and probe == "default"):
+        raise PortError("golden: the recording is the reference, with a probe of its own")
     if dtype == "auto" and isinstance(port, nn.Module):
         dtype = _dtype_of(port)
     of_ours = port is None and reference is None
-    gate = options.get("gate") or ("exact" if of_ours and device == "cpu" else "rounding")
+    passing = gate or ("exact" if of_ours and str(device) == "cpu" else "rounding")
     question = Question(
         repo,
-        revision=options.get("revision"),
-        dtype=dtype,
-        device=device,
-        attention=options.get("attention", "sdpa"),
-        layers=options.get("layers"),
-        ignore_config=options.get("ignore_config", ()),
-        gate=gate,
-        faults="off",
-        choose_probe=_choice(options.get("probe", "default")),
+        revision=revision,
+        dtype=_word(dtype),
+        device=str(device),
+        attention=attention,
+        reference_attention=reference_attention,
+        layers=layers,
+        ignore_config=tuple(ignore_config),
+        backward=backward,
+        gate=passing,
+        faults=faults,
+        choose_probe=_choice(probe, seed),
         port=_given(port),
         reference=_given(reference),
-        sites=_table(options.get("sites")),
-        is_made=any(not isinstance(one, str | None) for one in (port, reference)),
+        sites=_table(sites),
+        is_made=any(map(_is_made, (port, reference))),
     )
-    with _threads(options.get("threads", 1)):
-        found = prove(question)
+    with _threads(threads):
+        found = prove(question) if golden is None else prove_by(TraceFile(Path(golden)), question)
         known = {one.name: getattr(found, one.name) for one in fields(found)}
         return Result(
-            **known, repo=str(repo), gate=gate, device=device, threads=torch.get_num_threads()
+            **known,
+            repo=str(repo),
+            gate=passing,
+            device=str(device),
+            threads=torch.get_num_threads(),
         )
 
 
-def assert_parity(port: Port, repo: str | Path, **options: Unpack[Options]) -> Result:
-    """Fail with the report where the gate does not let `compare(port, repo, …)` pass."""
-    __tracebackhide__ = True  # to pytest: the line that matters is the caller's
-    result = compare(port, repo, **options)
-    if not result.holds:
-        raise AssertionError(str(result))
-    return result
+def _asserted(ask: Callable[_Asked, Result]) -> Callable[_Asked, Result]:
+    @wraps(ask)
+    def assert_parity(*args: _Asked.args, **kwargs: _Asked.kwargs) -> Result:
+        __tracebackhide__ = True  # to pytest: the line that matters is the caller's
+        result = ask(*args, **kwargs)
+        if not result.holds:
+            raise AssertionError(str(result))
+        return result
+
+    assert_parity.__name__ = assert_parity.__qualname__ = "assert_parity"
+    assert_parity.__doc__ = (
+        "Fail with the report where the gate does not let the port pass.\n\n"
+        "    Takes what `compare` takes, and returns what it returns.\n    "
+    )
+    return assert_parity
+
+
+assert_parity = _asserted(compare)
+
+
+def decode(  # noqa: PLR0913  # as above
+    repo: str | Path,
+    *,
+    probe: Choice | None = None,
+    seed: int = 0,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    reference_attention: Literal["sdpa", "eager"] | None = None,
+    revision: str | None = None,
+    ignore_config: Sequence[str] = (),
+    threads: int = 1,
+) -> DecodeParity:
+    """Hold every way in which portkit decodes against the reference, as `portkit parity --decode`.
+
+        portkit.parity.decode("google/gemma-3-270m").verdict
+
+    Prefill, chunks, token by token, padded and batch rows, the fast path; not what is compiled.
+    `probe`: token ids, say, for the prompt; None draws random ones from `seed`. The others are
+    those of `compare`. Raises a PortkitError on bad input.
+    """
+    from portkit.parity.decoding.proof import prove_decoding
+
+    question = Question(
+        repo,
+        revision=revision,
+        dtype=_word(dtype),
+        device=str(device),
+        reference_attention=reference_attention,
+        ignore_config=tuple(ignore_config),
+        choose_probe=_choice(probe or "default", seed),
+    )
+    with _threads(threads):
+        return prove_decoding(question, seed, prompt=probe is not None, packages=None)
 
 
 def _given(port: Port) -> Any:
-    """What is made already, as a factory of it; names as they are."""
-    if port is None or isinstance(port, str):
-        return port
-    if not callable(port):
+    """What is made already, as a factory of it; names and factories as they are."""
+    if port is not None and not isinstance(port, str) and not callable(port):
         raise PortError(f"{port!r:.60} is no port: give a model, a callable, or module:factory")
+    if not _is_made(port):
+        return port
 
     def made(*_: object) -> Any:
         return port
@@ -168,25 +282,44 @@ def _given(port: Port) -> Any:
     return made
 
 
-def _dtype_of(model: nn.Module) -> str:
-    held = next((one.dtype for one in model.parameters() if one.is_floating_point()), None)
-    return "auto" if held is None else str(held).removeprefix("torch.")
+def _is_made(port: Port) -> bool:
+    """Whether it is the port itself, and no name or factory of one."""
+    if port is None or isinstance(port, (str, nn.Module)):
+        return isinstance(port, nn.Module)
+    try:
+        names = inspect.signature(port).parameters
+    except (TypeError, ValueError):  # something built in
+        return True
+    return not {"dtype", "device"} <= names.keys()
 
 
-def _choice(probe: str | Sequence[int] | Probe) -> Callable[[Blueprint], Probe]:
+def _dtype_of(model: nn.Module) -> str | torch.dtype:
+    held = (one.dtype for one in model.parameters() if one.is_floating_point())
+    return next(held, "auto")
+
+
+def _word(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _choice(probe: Choice, seed: int) -> Callable[[Blueprint], Probe]:
     if isinstance(probe, Probe):
         return lambda _: probe
     if isinstance(probe, str):
         if probe not in _PROBES:
             raise ProbeError(f"probe {probe!r}: choose one of {', '.join(_PROBES)}, or token ids")
-        return lambda drawn: _PROBES[probe](drawn.skeleton)
+        return lambda drawn: _PROBES[probe](drawn.skeleton, seed)
     return lambda _: probing.probe_of_tokens("tokens", probe)
 
 
 def _table(sites: str | Path | None) -> str | None:
-    if isinstance(sites, Path):
-        return read_text(sites, f"{sites} with its site pairs", SiteError)
-    return sites
+    """A table as it is; of a file, what is in it."""
+    if sites is None or (isinstance(sites, str) and ("=" in sites or not sites.strip())):
+        return sites
+    try:
+        return Path(sites).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SiteError(f"the site pairs in {sites} cannot be read: {error}") from error
 
 
 @contextmanager

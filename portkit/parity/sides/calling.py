@@ -12,7 +12,8 @@ import inspect
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ class Calling:
     def __call__(self, call: Callable[..., Any], values: Mapping[str, Any]) -> Answer:
         args = [values[what] for what, name in self.names.items() if name is None]
         named = {name: values[what] for what, name in self.names.items() if name is not None}
-        return answer(call(*args, **named, **self.constants))
+        with _as_no_grad():
+            return answer(call(*args, **named, **self.constants))
 
 
 def calling(call: Callable[..., Any], origin: str, takes: str | None = None) -> Calling:
@@ -105,6 +107,21 @@ def answer(output: Any) -> Answer:
             output.logits, _first(lambda name: getattr(output, name, None), _SPELLINGS["cache"])
         )
     return Answer(output, None)
+
+
+@contextmanager
+def _as_no_grad() -> Iterator[None]:
+    """Have `inference_mode` in the callable be no more than the `no_grad` that it runs under.
+
+    The same numbers; but casts could not be seen there, and its tensors not be written to later.
+    """
+    kind = torch.inference_mode
+    before = kind.__enter__, kind.__exit__
+    kind.__enter__, kind.__exit__ = (lambda _: None), (lambda *_: None)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        kind.__enter__, kind.__exit__ = before  # type: ignore[method-assign]
 
 
 def said(error: BaseException) -> str:
