@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import errno
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from portkit import hub_answers
 from portkit.errors import CheckpointError, HubError, PortkitError
-from portkit.hub_answers import no_paths, refuse_path
+from portkit.hub_answers import in_time, no_paths, refuse_path, too_slow
+from portkit.json_reading import MAX_FILE_BYTES
 from portkit.safetensors_header import LENGTH_BYTES, MAX_BYTES, header_length
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # Every checkpoint has one and it is read first, so it is the file that a revision is resolved with.
 _CONFIG = "config.json"
+
+_LARGE = (".safetensors", ".bin")
 
 # The headers of published shards are mostly below this, so one request is mostly enough.
 _FIRST_READ_BYTES = 100_000
@@ -149,7 +154,8 @@ class RemoteFiles:
             url = self._url(name, self.commit)
             with self._explaining(name):
                 try:
-                    self._known[name] = get_hf_file_metadata(url)
+                    what = f"the size of {name} of {self.label}"
+                    self._known[name] = in_time(lambda: get_hf_file_metadata(url), what)
                 except EntryNotFoundError:
                     self._known[name] = None
         return self._known[name]
@@ -170,7 +176,8 @@ class RemoteFiles:
 
         try:
             url = self._url(self._first, self.revision)
-            if get_hf_file_metadata(url).commit_hash is None:  # say, a sign-in page of the network
+            found = in_time(lambda: get_hf_file_metadata(url), f"an answer about {self.label}")
+            if found.commit_hash is None:  # say, a sign-in page of the network
                 return FileMetadataError("what answers there is no Hub")
         except (EntryNotFoundError, RevisionNotFoundError):
             return None  # an answer
@@ -194,16 +201,21 @@ class RemoteFiles:
         cache_only = self._unreachable is not None
         if cache_only:
             revision = _noted_commit(self, revision) or revision
-        with no_paths():
-            return Path(
-                hf_hub_download(
-                    self.repo_id,
-                    name,
-                    revision=revision,
-                    repo_type=self.repo_type,
-                    local_files_only=cache_only,
+        is_large = self.repo_type != "model" or name.endswith(_LARGE)
+
+        def fetch() -> Path:
+            with no_paths(None if is_large else MAX_FILE_BYTES):
+                return Path(
+                    hf_hub_download(
+                        self.repo_id,
+                        name,
+                        revision=revision,
+                        repo_type=self.repo_type,
+                        local_files_only=cache_only,
+                    )
                 )
-            )
+
+        return fetch() if is_large or cache_only else in_time(fetch, f"{name} of {self.label}")
 
     def _url(self, name: str, revision: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -219,7 +231,7 @@ class RemoteFiles:
         url = self._url(name, self.commit)
         range_ = {"Range": f"bytes=0-{num_bytes - 1}", "Accept-Encoding": "identity"}
         headers = build_hf_headers(headers=range_)
-        start = bytearray()
+        start, until = bytearray(), time.monotonic() + hub_answers.SMALL_FILE_SECONDS
         with (
             self._explaining(name),
             get_session().stream(
@@ -231,6 +243,8 @@ class RemoteFiles:
             hf_raise_for_status(response)
             for chunk in response.iter_bytes():
                 start += chunk
+                if time.monotonic() > until:
+                    raise too_slow(f"the header of {name} of {self.label}")
                 if len(start) >= num_bytes:
                     break  # hang up: a server that ignores `Range` would go on to the last tensor
         return bytes(start[:num_bytes])

@@ -77,6 +77,7 @@ class HubServer:
     ignores_range: bool = False
     status: int | None = None  # answer everything with this
     stalls_s: float = 0.0  # wait before each answer
+    drips_s: float = 0.0  # send a byte at a time, and wait so long after each
     cuts_at_bytes: int | None = None  # hang up once, after this much of a body
     says: dict[str, str] = field(default_factory=dict)  # headers in place of the right ones
     on_push: Callable[[], object] | None = None  # what a client's request for /push sets off
@@ -220,7 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
                     self.hub.cuts_at_bytes = None
                     self.close_connection = True
                     break
-                sent += self.wfile.write(body[sent : sent + _CHUNK_BYTES])
+                chunk_bytes = 1 if self.hub.drips_s else _CHUNK_BYTES
+                sent += self.wfile.write(body[sent : sent + chunk_bytes])
+                time.sleep(self.hub.drips_s)
         finally:
             self.hub.requests.append(
                 Request(

@@ -390,6 +390,49 @@ out["commit"] = refusal(getattr, files, "commit")
     assert {path.name for path in tmp_path.iterdir()} <= {"outside"}
 
 
+def test_a_hub_that_drips_is_left(hub: HubServer, tmp_path: Path) -> None:
+    """Each byte comes in time, and all of them never would: config, size and header."""
+    code = """
+import time
+from portkit import hub_answers
+hub_answers.SMALL_FILE_SECONDS = 10.0
+started = time.monotonic()
+out["config"] = refusal(RemoteFiles("org/tiny").path, "config.json")
+out["in time"] = time.monotonic() - started < 40
+"""
+    hub.drips_s = 2.0
+    got = answer(code, hub.url, tmp_path)
+    assert got == {
+        "config": f"HubError: {hub.url} has not sent config.json of org/tiny in 10 seconds: check "
+        "the network, or give a local folder",
+        "in time": True,
+    }
+    code = """
+from portkit import hub_answers
+files = RemoteFiles("org/tiny")
+files.commit
+hub_answers.SMALL_FILE_SECONDS = 1.0
+out["header"] = refusal(files.header, "model.safetensors")
+"""
+    hub.drips_s = 0.01
+    assert answer(code, hub.url, tmp_path) == {
+        "header": f"HubError: {hub.url} has not sent the header of model.safetensors of org/tiny "
+        "in 1 seconds: check the network, or give a local folder"
+    }
+
+
+def test_a_small_file_is_small(hub: HubServer, tmp_path: Path) -> None:
+    code = """
+from portkit import hub
+hub.MAX_FILE_BYTES = 10
+out["config"] = refusal(RemoteFiles("org/tiny").path, "config.json")
+"""
+    refused = str(answer(code, hub.url, tmp_path)["config"])
+    assert refused.startswith("HubError: http")
+    assert refused.endswith("has 22 bytes, where such a file has at most 10: do not trust it")
+    assert hub.served_bytes("config.json") == 0
+
+
 def test_a_cache_that_cannot_be_written(hub: HubServer, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.touch()

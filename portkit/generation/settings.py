@@ -240,7 +240,7 @@ def _samples(raw: Mapping[str, Any], say: Say) -> bool:
     said = raw.get("do_sample", False)
     _require(
         said in (0, 1) and isinstance(said, int),
-        f"do_sample must be true or false, not {json.dumps(said)}: give --sample or --greedy",
+        f"do_sample must be true or false, not {json.dumps(said):.60}: give --sample or --greedy",
     )
     if said and raw.get("temperature") == 0:
         say("a temperature of 0 is greedy decoding; Transformers refuses it beside do_sample")
