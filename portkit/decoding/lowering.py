@@ -83,9 +83,10 @@ class Program:
 
 INPUT_IDS = Value("input_ids")
 _MAX_LAYERS_PER_REGION = 8
-_VECTOR = 32
-"""Numbers that torch's loops take at a time at most. What is left over of a tensor has other last
-bits (of an exponential), and of rows that do not lie together something is left over in each."""
+_VECTOR = 64
+"""Numbers that torch's loops take at a time at most, bfloat16 in AVX-512. What is left over of a
+tensor has other last bits (of an exponential), and of rows that do not lie together something is
+left over in each."""
 
 
 @dataclass
