@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from parity_tests.engine.damage import CONFIG, CONFIGS, WEIGHTS, header_bytes, write_checkpoint
+from parity_tests.engine.hub_server import NOWHERE, environment
+from parity_tests.generation.specimens import write_tokenizer
+from portkit import cli
 from portkit.checkpoint import Checkpoint, LocalFiles
+from portkit.confined import Confined, Exhausted
 from portkit.errors import CheckpointError, InvalidConfig, Mismatch, TokenizerError
+from portkit.generation.chat import ChatTemplate
 from portkit.generation.settings import GenerationSettings
 from portkit.json_reading import parse_object
 from portkit.loading import draw
 from portkit.parity.probes.probe import from_json
+from portkit.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -84,6 +93,19 @@ def test_layers_that_are_not_there_are_not_built(num_layers: int, folder: Path) 
     assert time.process_time() - started < 3
 
 
+def test_a_plan_is_not_longer_than_it_is_read(tmp_path: Path) -> None:
+    """Layers times experts that only the config claims."""
+    folder = tmp_path / "checkpoint"
+    write_checkpoint(folder, CONFIGS["qwen3_moe"])
+    config = json.loads((folder / CONFIG).read_text())
+    config |= {"num_hidden_layers": 15, "num_experts": 4096, "mlp_only_layers": []}
+    (folder / CONFIG).write_text(json.dumps(config))
+    started = time.process_time()
+    with pytest.raises(Mismatch, match=r"1\d{4} missing: "):
+        _ = draw(Checkpoint(LocalFiles(folder))).plan
+    assert time.process_time() - started < 8
+
+
 def test_a_chain_of_thousands_of_passes_is_linear() -> None:
     passes = [
         {
@@ -146,3 +168,128 @@ def test_numbers_and_lists_where_none_is_due(key: str, value: object, tmp_path: 
         GenerationSettings.read(LocalFiles(tmp_path))
     assert type(caught.value).__name__ == "GenerationError"
     assert len(str(caught.value)) < 400
+
+
+# -- the child that runs what came with a checkpoint --------------------------------------------
+
+
+def tokenizer_with(folder: Path, **parts: Any) -> Tokenizer:
+    write_tokenizer(folder, "byte_level")
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **parts}))
+    return Tokenizer.open(LocalFiles(folder))
+
+
+def test_a_tokenizer_that_doubles_a_text_forty_times(tmp_path: Path) -> None:
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    normalizer = {"type": "Sequence", "normalizers": [double] * 40}
+    tokenizer = tokenizer_with(tmp_path, normalizer=normalizer)
+    with pytest.raises(TokenizerError, match="cannot encode the text: it ran out of the"):
+        tokenizer.encode("a")
+    assert tokenizer.encode("b") == tokenizer.encode("b")  # in another child
+    assert len(tokenizer.encode("b")) >= 1
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "time"),
+        ("{{ 'a' * 10 ** 12 }}", "memory"),
+        ("{{ '%999999999999d' % 1 }}", "ran out of|Error"),
+        ("{{ 2 ** (2 ** 40) }}", "ran out of|Error"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ ''.__class__ }}", "SecurityError"),
+    ],
+)
+def test_a_chat_template_without_end(template: str, said: str) -> None:
+    chat = ChatTemplate({"default": template}, {})
+    started = time.monotonic()
+    with pytest.raises(TokenizerError, match=said) as caught:
+        chat.render([{"role": "user", "content": "x"}])
+    assert len(str(caught.value).splitlines()) == 1
+    assert time.monotonic() - started < 100  # of a machine that does something else as well
+    again = ChatTemplate({"default": "{{ messages[0].content }}"}, {})
+    assert again.render([{"role": "user", "content": "x"}]) == "x"
+
+
+def test_a_child_that_ends_by_itself_is_said_and_followed_by_another() -> None:
+    child = Confined("parity_tests.engine.ending")
+    assert child.ask({"say": "x"}) == "x"
+    with pytest.raises(Exhausted, match="it ended by itself, with 7"):
+        child.ask({"end": 7})
+    assert child.ask({"say": "y"}) == "y"
+    child.close()
+    assert not child.is_running
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+class Panic(BaseException):
+    """As of libraries in Rust: no `Exception`."""
+
+
+@pytest.mark.parametrize("raised", [Panic("at the disco"), SystemExit(1), RecursionError()])
+def test_whatever_escapes_is_an_internal_error(
+    raised: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def escape(**_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "app", escape)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 70
+    assert said.startswith("portkit: error: this is a fault of portkit itself (")
+    assert len(said.splitlines()) == 1
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_traceback_that_cannot_be_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def escape(**_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", escape)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([])
+    assert exit_.value.code == 70
+    assert "the traceback could not be kept (No such file or directory)" in capsys.readouterr().err
+
+
+Shell = Callable[[str, Path], "subprocess.CompletedProcess[str]"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("generate {folder} -p - <&-", "reads standard input, which is closed"),
+        (r"generate {folder} -p - < {folder}/model.safetensors", "not UTF-8"),
+        ("load ''", ". has no config.json"),
+        ("load {folder} --export ''", ""),
+        ("diff '' ''", "no file"),
+        ("train '' --data '' --out ''", ""),
+    ],
+)
+def test_closed_and_empty(arguments: str, said: str, folder: Path, tmp_path: Path) -> None:
+    write_tokenizer(folder, "byte_level")
+    command = arguments.format(folder=folder)
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m portkit {command}"],
+        env=environment(NOWHERE, tmp_path / "home", PYTHONUTF8="1", HF_HUB_OFFLINE="1"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("portkit: error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert said in done.stderr

@@ -28,7 +28,7 @@ from portkit.weights.rules import (
     template,
 )
 
-_MOST_MISSING = 100_000
+_MOST_MISSING = 10_000
 _BODY = "model."
 """What a language model calls itself without its head: saved by itself it has no such prefix."""
 _WRAPPERS = {
