@@ -133,6 +133,17 @@ def raises(directory: Path, dtype: torch.dtype, device: torch.device) -> Port:
     raise KeyError("wq.weight")
 
 
+def leaves(directory: Path, dtype: torch.dtype, device: torch.device) -> Port:
+    raise SystemExit(0)
+
+
+def always_leaves(directory: Path, dtype: torch.dtype, device: torch.device) -> Port:
+    def port(input_ids: Tensor) -> Tensor:
+        raise SystemExit(0)
+
+    return port
+
+
 def no_callable(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return {"weights": 3}
 

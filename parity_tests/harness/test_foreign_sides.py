@@ -137,6 +137,8 @@ def test_a_reference_that_cannot_run_in_float64_leaves_the_truth_to_the_port(
         (["--port", f"{PORTS}:NO_FACTORY"], "NO_FACTORY is no function"),
         (["--port", "BROKEN:load"], "raised SyntaxError"),
         (["--port", f"{PORTS}:raises"], "raises raised KeyError: 'wq.weight' ("),
+        (["--port", f"{PORTS}:leaves"], "leaves raised SystemExit: 0 ("),
+        (["--port", f"{PORTS}:always_leaves"], "it raised SystemExit: 0 ("),
         (["--port", f"{PORTS}:no_callable"], "no_callable returned dict"),
         (["--port", f"{PORTS}:other_dtype"], "asked for bfloat16 and returned a model in float16"),
         (

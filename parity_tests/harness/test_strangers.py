@@ -84,6 +84,20 @@ def test_nor_on_other_weights(kind: str, dtype: str, seed: int, folder: Maker) -
     check_right(compared(kind, folder(kind, seed, dtype), dtype), kind)
 
 
+def test_a_model_of_transformers_needs_no_adapter_and_no_table(folder: Maker) -> None:
+    """The reference's own class, given as a port: exact; and with a fault, placed."""
+    from transformers import AutoModelForCausalLM
+
+    where = folder("hugging", 0, "bfloat16")
+    model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16)
+    result = portkit.parity.compare(model, where, probe="quick", gate="exact")
+    assert (result.verdict, len(result.comparisons[0].judgements)) == (Verdict.exact, 95)
+    model.model.layers[1].self_attn.k_norm.weight.data[7] *= 1.1
+    first = portkit.parity.compare(model, where, probe="quick").first
+    assert first is not None
+    assert (first.site, first.kind) == ("model.layers.1.self_attn.k_norm", "function")
+
+
 def test_as_many_heads_as_tokens_are_no_other_order(folder: Maker) -> None:
     """Six heads of six tokens have the size of six tokens of six heads."""
     where, tokens = folder("hugging", 0, "bfloat16"), [5, 6, 7, 8, 9, 10]

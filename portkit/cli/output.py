@@ -32,12 +32,23 @@ def say_more(text: str) -> None:
 @contextmanager
 def stdout_kept() -> Iterator[None]:
     """What others print within, a port or a library, goes to stderr: stdout is the answer's."""
-    sys.stdout.flush()
-    before = os.dup(1)
+    with redirect_stdout(sys.stderr), _descriptor_kept():
+        yield
+
+
+@contextmanager
+def _descriptor_kept() -> Iterator[None]:
+    """The same of what is no Python, which prints past it; streams that are closed stay so."""
+    if sys.__stdout__ is not None:
+        sys.__stdout__.flush()
     try:
-        os.dup2(2, 1)  # what is no Python prints there
-        with redirect_stdout(sys.stderr):
-            yield
+        before = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:
+        yield
+        return
+    try:
+        yield
     finally:
         os.dup2(before, 1)
         os.close(before)

@@ -97,8 +97,9 @@ PortOption = Annotated[
     typer.Option(
         "--port",
         metavar="MODULE:FACTORY",
-        help="Prove this port in place of ours: factory(directory, dtype, device) returns a "
-        "callable (input_ids, positions, attention_mask, cache=None). A file.py:factory too.",
+        help="Prove this port in place of ours: factory(directory, dtype, device) returns a model "
+        "or callable. It takes input_ids and, as far as it likes, positions, attention_mask and "
+        "cache, by these names or Hugging Face's. A file.py:factory too.",
     ),
 ]
 ReferenceOption = Annotated[
@@ -116,7 +117,8 @@ Sites = Annotated[
         "--sites",
         metavar="FILE",
         help="Which of its modules is which site, a pair a line: "
-        "blocks.{layer}.wo = model.layers.{layer}.self_attn.o_proj",
+        "blocks.{layer}.wo = model.layers.{layer}.self_attn.o_proj; and what it is given: "
+        "takes = input_ids as tokens, past as start_pos",
     ),
 ]
 Golden = Annotated[

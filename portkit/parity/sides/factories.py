@@ -57,7 +57,7 @@ def make(
     """Call a factory; what it returns is in evaluation mode. Raises `PortError`."""
     try:
         call = factory(directory, dtype, device)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if ran_out_of_memory(error):
             raise
         raise PortError(f"{origin} raised {said(error)}") from error
@@ -97,7 +97,7 @@ def _imported(name: str, spec: str) -> ModuleType:
                 f"{spec}: there is no module {error.name} in {here}, and none is installed"
             ) from error
         raise PortError(f"{spec}: importing {name} raised {said(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PortError(f"{spec}: importing {name} raised {said(error)}") from error
 
 
@@ -117,7 +117,7 @@ def _from_file(file: Path, spec: str) -> ModuleType:
     sys.modules.setdefault(file.stem, module)
     try:
         found.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if sys.modules.get(file.stem) is module:
             del sys.modules[file.stem]
         raise PortError(f"{spec}: {file} raised {said(error)}") from error

@@ -130,7 +130,7 @@ class ForeignSide:
             answer = self._calling(self.call, values)
         except (PortkitError, MemoryError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # it leaves, and not we
             if ran_out_of_memory(error) or is_harness(error):
                 raise
             raise CannotRun(f"it raised {said(error)}") from error
