@@ -11,6 +11,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import typer
@@ -75,7 +76,9 @@ def _change(whole: Any, edit: Any) -> None:
         return
     section, key = places[place % len(places)]
     if kind == "put":
-        section[key] = JUNK[what]
+        section[key] = deepcopy(
+            JUNK[what]
+        )  # or a later edit would spoil the junk, even with itself
     elif kind in ("number", "text"):
         section[key] = what
     elif kind == "copy":
