@@ -87,7 +87,7 @@ def test_tokenizers(kind: str, count: int, tmp_path: Path) -> None:
     def check(edits: Any) -> None:
         path.write_bytes(spoil(sound, edits))
         with answered():
-            backend = Backend(path, "here", child)
+            backend = Backend(path, "here", child=child)
             ids = backend.encode("Once upon a time, \N{SNOWMAN} 12\n", special=True)
             backend.decode(ids)
             backend.encode_many(["a", ""])
