@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from portkit.architecture import Architecture, CausalLM, Site
+from portkit.architecture import Architecture, CausalLM
 from portkit.config import (
     ConfigReader,
     by_period,
@@ -230,28 +230,10 @@ WEIGHTS = WeightMap(
     )
 )
 
-SITES = (
-    Site("model.embed_tokens", "batch position channel"),
-    Site("model#{table=cos|sin}", "batch position channel"),
-    Site("model.layers.{layer}.input_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
-    Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
-    Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
-    Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn.o_proj", "batch position channel"),
-    Site("model.layers.{layer}.self_attn", "batch position channel"),
-    Site("model.layers.{layer}.mlp.{proj=gate|up|down}_proj", "batch position channel"),
-    Site("model.layers.{layer}.mlp", "batch position channel"),
-    Site("model.layers.{layer}", "batch position channel"),
-    Site("model.norm", "batch position channel"),
-    Site("lm_head", "batch position vocabulary"),
-)
-
 COHERE2 = Architecture(
     model_type="cohere2",
     summary="Command R7B and Command A",
     read_config=read_config,
     build=Cohere2,
     weight_map=WEIGHTS,
-    sites=SITES,
 )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from portkit.architecture import Architecture, CausalLM, Site
+from portkit.architecture import Architecture, CausalLM
 from portkit.config import (
     ConfigReader,
     check_heads,
@@ -284,37 +284,12 @@ MULTIMODAL_WEIGHTS = WeightMap(
     prefixes=("language_model.", "model.language_model."),
 )
 
-SITES = (
-    Site("model.embed_tokens", "batch position channel"),
-    Site(
-        "model#{table=cos|sin}.{kind=full_attention|sliding_attention}",
-        "batch position channel",
-    ),
-    Site("model.layers.{layer}.input_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
-    Site("model.layers.{layer}.self_attn.{part=q|k}_norm", "batch head position channel"),
-    Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
-    Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
-    Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn.o_proj", "batch position channel"),
-    Site("model.layers.{layer}.self_attn", "batch position channel"),
-    Site("model.layers.{layer}.post_attention_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.pre_feedforward_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.mlp.{proj=gate|up|down}_proj", "batch position channel"),
-    Site("model.layers.{layer}.mlp", "batch position channel"),
-    Site("model.layers.{layer}.post_feedforward_layernorm", "batch position channel"),
-    Site("model.layers.{layer}", "batch position channel"),
-    Site("model.norm", "batch position channel"),
-    Site("lm_head", "batch position vocabulary"),
-)
-
 GEMMA3 = Architecture(
     model_type="gemma3_text",
     summary="Gemma 3 270M and 1B",
     read_config=read_config,
     build=Gemma3,
     weight_map=WEIGHTS,
-    sites=SITES,
 )
 
 GEMMA3_MULTIMODAL = Architecture(
@@ -323,6 +298,5 @@ GEMMA3_MULTIMODAL = Architecture(
     read_config=read_multimodal_config,
     build=Gemma3,
     weight_map=MULTIMODAL_WEIGHTS,
-    sites=SITES,
     text_config=text_config,
 )

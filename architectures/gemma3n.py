@@ -38,7 +38,7 @@ from architectures.gemma3n_config import (
     read_multimodal_config,
     text_config,
 )
-from portkit.architecture import Architecture, CausalLM, Nesting, Site
+from portkit.architecture import Architecture, CausalLM, Nesting
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SharedKeys, SlidingCache
 from portkit.nn.embedding import ScaledEmbedding
@@ -305,36 +305,6 @@ MULTIMODAL_WEIGHTS = WeightMap(
     prefixes=PREFIXES,
 )
 
-TOKENS = "batch position channel"
-STREAMS = "stream batch position channel"
-IN_LAYER = (
-    "altup.{what=router_norm|modality_router|prediction_coefs|correction_coefs}",
-    f"{{norm={NORMS}}}_layernorm",
-    "laurel.{what=linear_left|linear_right|post_laurel_norm}",
-    "laurel",
-    "self_attn.{proj=q|k|v|o}_proj",
-    "self_attn",
-    "mlp.{proj=gate|up|down}_proj",
-    "mlp",
-    "{what=per_layer_input_gate|per_layer_projection|post_per_layer_input_norm}",
-)
-SITES = (
-    Site("model.embed_tokens{which=|_per_layer}", TOKENS),
-    Site("model.per_layer_model_projection", TOKENS),
-    Site("model.per_layer_projection_norm", "batch position layer channel"),
-    Site("model#{table=cos|sin}.{kind=full_attention|sliding_attention}", TOKENS),
-    Site("model.altup_{way=|unembed_}projections.{stream}", TOKENS),
-    *(Site(f"model.layers.{{layer}}.{name}", TOKENS) for name in IN_LAYER),
-    Site("model.layers.{layer}.self_attn.{part=q|k|v}_norm", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
-    Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
-    Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
-    Site("model.layers.{layer}.altup#predict", STREAMS, inputs=STREAMS),
-    Site("model.layers.{layer}.altup#correct", STREAMS, inputs=STREAMS, given=("activated",)),
-    Site("model.layers.{layer}", STREAMS, inputs=STREAMS, given=("per_layer_input",)),
-    Site("model.norm", TOKENS),
-    Site("lm_head", "batch position vocabulary"),
-)
 
 GEMMA3N = Architecture(
     model_type="gemma3n_text",
@@ -342,7 +312,6 @@ GEMMA3N = Architecture(
     read_config=read_config,
     build=Gemma3n,
     weight_map=WEIGHTS,
-    sites=SITES,
     nesting=NESTING,
 )
 
@@ -352,7 +321,6 @@ GEMMA3N_MULTIMODAL = Architecture(
     read_config=read_multimodal_config,
     build=Gemma3n,
     weight_map=MULTIMODAL_WEIGHTS,
-    sites=SITES,
     text_config=text_config,
     nesting=NESTING,
 )

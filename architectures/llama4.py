@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from portkit.architecture import Architecture, CausalLM, Site
+from portkit.architecture import Architecture, CausalLM
 from portkit.config import ConfigReader, check_heads, read_attention_bias, read_rope
 from portkit.nn.attention import (
     LowPrecisionEagerAttention,
@@ -363,26 +363,7 @@ MULTIMODAL_WEIGHTS = WeightMap(
     prefixes=WEIGHTS.prefixes,
 )
 
-_FEED_FORWARD = "model.layers.{layer}.feed_forward"
 _TOKENS, _BY_EXPERT = "batch position channel", "expert batch position channel"
-SITES = (
-    Site("model.embed_tokens", _TOKENS),
-    Site("model#{table=cos|sin}", _TOKENS),
-    Site("model.layers.{layer}.{norm=input|post_attention}_layernorm", _TOKENS),
-    Site("model.layers.{layer}.self_attn.{proj=q|k|v|o}_proj", _TOKENS),
-    Site("model.layers.{layer}.self_attn.qk_norm", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
-    Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
-    Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
-    Site(f"{_FEED_FORWARD}{{which=|.shared_expert}}.{{proj=gate|up|down}}_proj", _TOKENS),
-    Site(f"{_FEED_FORWARD}.router", "batch position expert"),
-    Site(f"{_FEED_FORWARD}#experts", "batch position expert"),
-    Site(f"{_FEED_FORWARD}.experts", _BY_EXPERT, inputs=_BY_EXPERT),
-    Site(f"{_FEED_FORWARD}{{which=|.shared_expert}}", _TOKENS),
-    Site("model.layers.{layer}{part=|.self_attn}", _TOKENS),
-    Site("model.norm", _TOKENS),
-    Site("lm_head", "batch position vocabulary"),
-)
 
 LLAMA4 = Architecture(
     model_type="llama4_text",
@@ -390,7 +371,6 @@ LLAMA4 = Architecture(
     read_config=read_config,
     build=Llama4,
     weight_map=WEIGHTS,
-    sites=SITES,
 )
 
 LLAMA4_MULTIMODAL = Architecture(
@@ -399,6 +379,5 @@ LLAMA4_MULTIMODAL = Architecture(
     read_config=read_multimodal_config,
     build=Llama4,
     weight_map=MULTIMODAL_WEIGHTS,
-    sites=SITES,
     text_config=text_config,
 )

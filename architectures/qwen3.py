@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from portkit.architecture import Architecture, CausalLM, Site
+from portkit.architecture import Architecture, CausalLM
 from portkit.config import ConfigReader, check_heads, read_attention_bias, read_rope
 from portkit.nn.attention import KERNELS, visible_keys
 from portkit.nn.cache import Cache, FullCache, LayerCache, SlidingCache
@@ -213,31 +213,10 @@ WEIGHTS = WeightMap(
     )
 )
 
-SITES = (
-    Site("model.embed_tokens", "batch position channel"),
-    Site("model#cos", "batch position channel"),
-    Site("model#sin", "batch position channel"),
-    Site("model.layers.{layer}.input_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
-    Site("model.layers.{layer}.self_attn.{part=q|k}_norm", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
-    Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
-    Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn.o_proj", "batch position channel"),
-    Site("model.layers.{layer}.self_attn", "batch position channel"),
-    Site("model.layers.{layer}.post_attention_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.mlp.{proj=gate|up|down}_proj", "batch position channel"),
-    Site("model.layers.{layer}.mlp", "batch position channel"),
-    Site("model.layers.{layer}", "batch position channel"),
-    Site("model.norm", "batch position channel"),
-    Site("lm_head", "batch position vocabulary"),
-)
-
 QWEN3 = Architecture(
     model_type="qwen3",
     summary="Qwen3, the dense models",
     read_config=read_config,
     build=Qwen3,
     weight_map=WEIGHTS,
-    sites=SITES,
 )

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from portkit.architecture import Architecture, CausalLM, Site
+from portkit.architecture import Architecture, CausalLM
 from portkit.config import (
     ConfigReader,
     check_heads,
@@ -293,34 +293,10 @@ WEIGHTS = WeightMap(
     )
 )
 
-SITES = (
-    Site("model.embed_tokens", "batch position channel"),
-    Site("model#cos", "batch position channel"),
-    Site("model#sin", "batch position channel"),
-    Site("model.layers.{layer}.input_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.self_attn.{proj=q|k|v}_proj", "batch position channel"),
-    Site("model.layers.{layer}.self_attn.{part=q|k}_norm", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn#{role=query|key|value}", "batch head position channel"),
-    Site("model.layers.{layer}.self_attn#mask", "batch one query key"),
-    Site("model.layers.{layer}.self_attn#context", "batch position head channel"),
-    Site("model.layers.{layer}.self_attn.o_proj", "batch position channel"),
-    Site("model.layers.{layer}.self_attn", "batch position channel"),
-    Site("model.layers.{layer}.post_attention_layernorm", "batch position channel"),
-    Site("model.layers.{layer}.mlp.{proj=gate|up|down}_proj", "batch position channel"),
-    Site("model.layers.{layer}.mlp.gate", "batch position expert"),
-    Site("model.layers.{layer}.mlp#experts", "batch position expert"),
-    Site("model.layers.{layer}.mlp.experts", "batch position channel"),
-    Site("model.layers.{layer}.mlp", "batch position channel"),
-    Site("model.layers.{layer}", "batch position channel"),
-    Site("model.norm", "batch position channel"),
-    Site("lm_head", "batch position vocabulary"),
-)
-
 QWEN3_MOE = Architecture(
     model_type="qwen3_moe",
     summary="Qwen3 30B-A3B and 235B-A22B, the sparse models",
     read_config=read_config,
     build=Qwen3Moe,
     weight_map=WEIGHTS,
-    sites=SITES,
 )

@@ -1,4 +1,4 @@
-"""What a family is to the engine: config, model, weight map, sites. Knows no family."""
+"""What a family is to the engine: config, model, weight map. Knows no family."""
 
 from __future__ import annotations
 
@@ -83,23 +83,6 @@ class CausalLM(nn.Module):
 
 
 @dataclass(frozen=True)
-class Site:
-    """A named tensor that is observed on both sides of a comparison.
-
-    `name` is a template in the weight map's language: a module of the text-only reference, whose
-    output is meant, or a functional point behind `#`, which may be a method that the module has on
-    both sides. `dims` names the tensor's dimensions, `inputs` those of what is given: by default
-    `batch position channel`, or for a norm, which takes what it gives, `dims`. `given` are further
-    arguments that are observed, (batch, position, channel) each.
-    """
-
-    name: str
-    dims: str
-    inputs: str | None = None
-    given: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Nesting:
     """How smaller models lie within a larger one of a family (MatFormer, arXiv:2310.07707)."""
 
@@ -120,7 +103,6 @@ class Architecture:
     build: Callable[[Any, str], CausalLM]
     """(config, attention kernel) to the model, on whatever device torch creates tensors."""
     weight_map: WeightMap
-    sites: tuple[Site, ...]
     text_config: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     """`config.json` as the text model alone has it: what an export writes."""
     nesting: Nesting | None = None

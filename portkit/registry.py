@@ -52,6 +52,11 @@ def _installed() -> tuple[EntryPoint, ...]:
     return tuple(sorted(entry_points(group=GROUP), key=lambda entry: entry.name))
 
 
+def is_ported(config: Mapping[str, Any]) -> bool:
+    """Whether there is a port of a `config.json`'s family, whatever else stands in it."""
+    return config.get("model_type") in registered()
+
+
 def architecture_of(config: Mapping[str, Any], ignore: Collection[str] = ()) -> Architecture:
     """The architecture of a `config.json`; a quantised one is refused by its method's name, unless
     the key that says so is among those to `ignore`.

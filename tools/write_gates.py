@@ -37,7 +37,8 @@ from portkit.parity.judging.judge import Verdict  # noqa: E402
 from portkit.parity.probes.probe import Probe, chain  # noqa: E402
 from portkit.parity.probes.probing import default_probe  # noqa: E402
 from portkit.parity.reference import Reference, load_reference  # noqa: E402
-from portkit.parity.sides.sites import PortSide, SiteTable  # noqa: E402
+from portkit.parity.sides.sites import PortSide  # noqa: E402
+from portkit.parity.subject.discovery import sites_of  # noqa: E402
 from portkit.tokenizer import Tokenizer  # noqa: E402
 
 SAVED, README = ROOT / "docs" / "gates.json", ROOT / "README.md"
@@ -90,7 +91,7 @@ class Stage:
         equal = all(map(torch.equal, ours, theirs))
         if strict and not equal:
             return found
-        table = SiteTable(port.architecture.sites)
+        table = sites_of(port.model)
         verdict = compare(side, self.reference(kernel), table, probe).verdict
         allowed = {Verdict.exact} if strict else {Verdict.exact, Verdict.rounding}
         return [*found, *([OURS] if verdict in allowed else [])]

@@ -42,7 +42,7 @@ from portkit.parity.probes.feeding import (
     text_for,
 )
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import SiteTable
+from portkit.parity.subject.discovery import sites_of
 from portkit.readable import ReadableBatch
 
 WINDOW = 24
@@ -134,7 +134,7 @@ def matrix_of(
     blueprint = draw(open_checkpoint(folder))
     model = materialize(blueprint, dtype, "cpu").model
     reference = load_reference(folder, COMPUTE_DTYPES[dtype])
-    table = SiteTable(blueprint.architecture.sites)
+    table = sites_of(blueprint.model)
     return decode_matrix(model, reference, table, text_for(model, 0, prompt), packages)
 
 

@@ -21,7 +21,8 @@ from portkit.nn.moe import ByChoice
 from portkit.parity.comparing import compare
 from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide
+from portkit.parity.subject.discovery import sites_of
 
 ONE_OF_EACH = [
     "llama3",
@@ -48,7 +49,7 @@ def test_every_module_that_the_reference_runs_is_a_site(
     folder = tiny_checkpoint(name, torch.float32)
     reference, table = (
         load_reference(folder, torch.float32),
-        SiteTable(load(folder).architecture.sites),
+        sites_of(load(folder).model),
     )
     ran: set[str] = set()
     for site, module in reference.module_sites().items():
@@ -167,5 +168,5 @@ def test_a_wrong_piece_is_named_as_itself(name: str, tiny_checkpoint: Checkpoint
     probe = quick_probe(loaded.model)
     port = PortSide(loaded.model, probe.longest)
     reference = load_reference(folder, torch.bfloat16)
-    result = compare(port, reference, SiteTable(loaded.architecture.sites), probe)
+    result = compare(port, reference, sites_of(loaded.model), probe)
     assert result.culprits[0].site == site, [one.site for one in result.culprits[:5]]

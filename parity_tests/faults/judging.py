@@ -19,7 +19,8 @@ from portkit.parity.probes.probe import Probe
 from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison
-from portkit.parity.sides.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide
+from portkit.parity.subject.discovery import sites_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Judging:
 
 
 def hold_against(reference: Reference, loaded: LoadedModel, probe: Probe) -> Comparison:
-    table = SiteTable(loaded.architecture.sites)
+    table = sites_of(loaded.model)
     return compare(PortSide(loaded.model, probe.longest), reference, table, probe)
 
 

@@ -17,7 +17,8 @@ from portkit.parity.reference import load_reference
 from portkit.parity.reports import report
 from portkit.parity.reports.schema import as_fields
 from portkit.parity.result import NotVerified, ParityResult
-from portkit.parity.sides.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide
+from portkit.parity.subject.discovery import sites_of
 
 CULPRIT = "model.layers.3.self_attn#context"
 
@@ -35,7 +36,7 @@ def diverged(tiny_checkpoint: CheckpointMaker) -> ParityResult:
     loaded = load(folder)
     loaded.model.model.layers[3].self_attn.attend.scale *= 1.01
     probe = quick_probe(loaded.model)
-    table = SiteTable(loaded.architecture.sites)
+    table = sites_of(loaded.model)
     reference = load_reference(folder, torch.bfloat16, "sdpa")
     found = compare(PortSide(loaded.model, probe.longest), reference, table, probe)
     left_out = NotVerified("left padding", "no row of it"), NotVerified("far", "none", True)

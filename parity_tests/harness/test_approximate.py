@@ -11,7 +11,7 @@ import torch
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
 from portkit.parity.decoding.approximate import loss
-from portkit.parity.sides.sites import SiteTable
+from portkit.parity.subject.discovery import sites_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -28,7 +28,7 @@ def test_an_error_is_told_of_where_it_is_made(
     with torch.no_grad():
         logits = tuple(one(ids)[0] for one in (loaded.model, other))
     logits[1][3, 7] = logits[1][3].max() + 1  # whatever the fault does to a choice
-    found = loss(loaded.model, other, logits, ids, SiteTable(loaded.architecture.sites))
+    found = loss(loaded.model, other, logits, ids, sites_of(loaded.model))
     assert found.sites == {"model.layers.1.self_attn.o_proj": pytest.approx(0.5, rel=1e-2)}
     assert set(found.blocks) == {"model.layers.1"}, "later layers are given the right input"
     assert 0 < found.blocks["model.layers.1"] < 0.5

@@ -24,7 +24,8 @@ from portkit.parity.reference import load_reference
 from portkit.parity.reports import schema, summary
 from portkit.parity.result import Comparison, ParityResult
 from portkit.parity.sides import making
-from portkit.parity.sides.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide
+from portkit.parity.subject.discovery import sites_of
 from portkit.parity.teeth.diagnose import Cause
 from portkit.parity.teeth.kill import kill_matrix
 
@@ -68,7 +69,7 @@ def test_families_of_other_shapes_have_their_faults_caught_and_named(
 ) -> None:
     loaded = load(tiny_checkpoint(name, torch.bfloat16))
     reference = load_reference(loaded.files.origin, torch.bfloat16)
-    table, probe = SiteTable(loaded.architecture.sites), quick_probe(loaded.model)
+    table, probe = sites_of(loaded.model), quick_probe(loaded.model)
     fates = kill_matrix(reference, table, probe)
     assert sum(one.killed for one in fates) >= 45
     assert all((one.survived or "beyond").startswith("beyond") for one in fates)

@@ -15,7 +15,7 @@ from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
 from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import SiteTable
+from portkit.parity.subject.discovery import sites_of
 from portkit.parity.teeth.kill import Fate, kill_matrix
 
 ANY = {
@@ -66,7 +66,7 @@ PLACES = {
 def fates(maker: CheckpointMaker, name: str, dtype: torch.dtype) -> tuple[Fate, ...]:
     folder = maker(name, dtype)
     loaded: Any = load(folder)
-    table = SiteTable(loaded.architecture.sites)
+    table = sites_of(loaded.model)
     return kill_matrix(load_reference(folder, dtype), table, default_probe(loaded.model))
 
 

@@ -22,7 +22,8 @@ from portkit.parity.faults.scene import Facts, Scenes
 from portkit.parity.judging.local import Trace, recorder
 from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import SiteTable, watching
+from portkit.parity.sides.sites import watching
+from portkit.parity.subject.discovery import sites_of
 from portkit.parity.teeth.kill import kill_matrix
 
 STREAMS = {
@@ -68,7 +69,7 @@ def test_what_such_a_model_can_get_wrong_is_caught(
 ) -> None:
     folder = tiny_checkpoint(name, torch.bfloat16)
     loaded: Any = load(folder)
-    table, probe = SiteTable(loaded.architecture.sites), default_probe(loaded.model)
+    table, probe = sites_of(loaded.model), default_probe(loaded.model)
     found = kill_matrix(load_reference(folder, torch.bfloat16), table, probe)
     assert [one.fault.id for one in found if one.survived] == []
     assert {one.fault.id for one in found if one.killed} & OF_THESE == APPLY[name]
@@ -83,7 +84,7 @@ def test_every_place_but_plain_matrices_is_computed_in_every_bit(
 ) -> None:
     folder = tiny_checkpoint(name, dtype)
     loaded, reference = load(folder), load_reference(folder, dtype)
-    table, probe = SiteTable(loaded.architecture.sites), default_probe(loaded.model)
+    table, probe = sites_of(loaded.model), default_probe(loaded.model)
     facts = Facts(reference, table)
     book, scenes, caches = Cookbook(facts, candidates), Scenes(facts, probe), dict[str, object]()
     for one in probe:

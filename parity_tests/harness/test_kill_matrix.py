@@ -19,7 +19,8 @@ from portkit.parity.faults.scene import Facts, Scenes
 from portkit.parity.judging.local import Trace, recorder
 from portkit.parity.probes.probing import default_probe, quick_probe, thorough_probe
 from portkit.parity.reference import Reference, load_reference
-from portkit.parity.sides.sites import SiteTable, watching
+from portkit.parity.sides.sites import watching
+from portkit.parity.subject.discovery import sites_of
 from portkit.parity.teeth.kill import Fate, kill_matrix
 
 FAMILIES = ["llama3", "llama tied with biases", "qwen3 yarn sliding", "gemma3 shallow"]
@@ -47,7 +48,7 @@ def matrix(
     folder = make(name, dtype)
     loaded, reference = load(folder, attention=kernel), load_reference(folder, dtype, kernel)
     assert callable(choose)
-    fates = kill_matrix(reference, SiteTable(loaded.architecture.sites), choose(loaded.model), gate)
+    fates = kill_matrix(reference, sites_of(loaded.model), choose(loaded.model), gate)
     assert [one.fault for one in fates] == list(CATALOGUE)
     return {one.fault.id: one for one in fates}
 
@@ -175,7 +176,7 @@ def test_mutants_leave_the_reference_as_it_was_and_run_none_of_it_again(
 ) -> None:
     folder = tiny_checkpoint("gemma3 shallow", torch.bfloat16)
     loaded, reference = load(folder), load_reference(folder, torch.bfloat16)
-    table, probe = SiteTable(loaded.architecture.sites), default_probe(loaded.model)
+    table, probe = sites_of(loaded.model), default_probe(loaded.model)
     before = _run(reference, probe)
     parameters = {k: v.clone() for k, v in reference.model.named_parameters()}
     calls: dict[str, int] = {}
@@ -203,7 +204,7 @@ def test_every_site_has_a_recipe_that_gives_its_bits(
     """In every layer and in every pass; of matrices without a bias their parameters tell all."""
     folder = tiny_checkpoint(name, dtype)
     loaded, reference = load(folder), load_reference(folder, dtype)
-    table, probe = SiteTable(loaded.architecture.sites), default_probe(loaded.model)
+    table, probe = sites_of(loaded.model), default_probe(loaded.model)
     facts = Facts(reference, table)
     book, scenes, caches = Cookbook(facts, candidates), Scenes(facts, probe), dict[str, object]()
     num_checked = 0

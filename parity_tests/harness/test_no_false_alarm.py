@@ -15,7 +15,8 @@ from portkit.parity.judging.judge import Verdict
 from portkit.parity.probes.probing import default_probe, quick_probe, thorough_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.result import Comparison
-from portkit.parity.sides.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide
+from portkit.parity.subject.discovery import sites_of
 
 NUM_RUNS = 200
 PROBES = [quick_probe, default_probe, thorough_probe]
@@ -28,7 +29,7 @@ def clean(
     loaded = load(folder, attention=kernel)
     reference = load_reference(folder, dtype, kernel)
     probe = PROBES[seed % len(PROBES)](loaded.model, seed)
-    table = SiteTable(loaded.architecture.sites)
+    table = sites_of(loaded.model)
     return compare(PortSide(loaded.model, probe.longest), reference, table, probe)
 
 

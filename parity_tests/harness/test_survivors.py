@@ -20,6 +20,7 @@ from portkit.parity.probes.probe import Probe
 from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.sides.sites import SiteTable, watching
+from portkit.parity.subject.discovery import sites_of
 from portkit.parity.teeth.kill import Fate, KillMatrix
 
 GATES = ("exact", "rounding")
@@ -29,7 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 def fates(folder: Path, dtype: torch.dtype, kernel: str) -> dict[str, dict[str, dict[str, Fate]]]:
     """By probe and gate, the fate of each fault."""
     loaded, reference = load(folder, attention=kernel), load_reference(folder, dtype, kernel)
-    table = SiteTable(loaded.architecture.sites)
+    table = sites_of(loaded.model)
     found = {}
     for probe in (make(loaded.model) for make in (quick_probe, default_probe)):
         gates = GATES if probe.name == "default" else GATES[:1]

@@ -22,7 +22,8 @@ from portkit.parity.judging.precision import (
 )
 from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.reference import Reference, load_reference
-from portkit.parity.sides.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide
+from portkit.parity.subject.discovery import sites_of
 
 FAMILIES = ["llama3", "qwen3 yarn sliding", "gemma3"]
 
@@ -111,7 +112,7 @@ def test_a_cast_that_is_not_lifted_leaves_the_question_unasked(
     found = compare(
         PortSide(loaded.model, probe.longest),
         load_reference(folder, torch.bfloat16),
-        SiteTable(loaded.architecture.sites),
+        sites_of(loaded.model),
         probe,
     )
     assert found.verdict is Verdict.exact

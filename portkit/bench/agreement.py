@@ -37,7 +37,7 @@ from portkit.generation.loop import Engine
 from portkit.loading import LoadedModel
 from portkit.parity.decoding.approximate import Loss, loss
 from portkit.parity.judging.judge import FLOOR_FACTOR
-from portkit.parity.sides.sites import SiteTable
+from portkit.parity.subject.discovery import sites_of
 from portkit.quantizing import quantize
 from portkit.readable import ReadableBatch
 
@@ -138,7 +138,7 @@ def losses(loaded: LoadedModel, engines: Sequence[str]) -> dict[str, Loss]:
 
 
 def _loss(loaded: LoadedModel, scheme: str) -> Loss:
-    model, table = loaded.model, SiteTable(loaded.architecture.sites)
+    model, table = loaded.model, sites_of(loaded.model)
     num_tokens = min(_JUDGED_PROMPT + _NUM_LOST_OF, loaded.config.max_position_embeddings)
     ids = _random_text(model, loaded.config.vocab_size, num_tokens)
     prompts, forced = [ids[:_JUDGED_PROMPT].tolist()], ids[_JUDGED_PROMPT:]

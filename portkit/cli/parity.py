@@ -24,9 +24,10 @@ from portkit.shown import shown
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from portkit.loading import Blueprint
+    from portkit.checkpoint import Files
     from portkit.parity.probes.probe import Probe
     from portkit.parity.result import ParityResult
+    from portkit.parity.subject.traits import Traits
     from portkit.parity.traces.trace_file import TraceFile
 
 
@@ -303,29 +304,29 @@ def layer_range(layers: str) -> range:
 
 def probe_choice(
     prompt: str | None, tokens: Path | None, quick: bool, thorough: bool, seed: int
-) -> Callable[[Blueprint], Probe]:
+) -> Callable[[Traits, Files], Probe]:
     """How the probe is chosen once the model is known; a file is read at once."""
     if sum((prompt is not None, tokens is not None, quick, thorough)) > 1:
         raise typer.BadParameter("--prompt, --tokens, --quick and --thorough: choose one")
     saved = None if tokens is None else _read_tokens(tokens)
 
-    def choose(drawn: Blueprint) -> Probe:
+    def choose(traits: Traits, files: Files) -> Probe:
         from portkit.parity.probes import probing
         from portkit.parity.probes.probe import from_json
         from portkit.tokenizer import Tokenizer
 
         if prompt is not None:
-            ids = Tokenizer.open(drawn.checkpoint.files).encode(prompt)
+            ids = Tokenizer.open(files).encode(prompt)
             return probing.probe_of_tokens("prompt", ids)
         if isinstance(saved, dict):
             return from_json(saved)
         if saved is not None:
             return probing.probe_of_tokens("tokens", saved)
         if quick:
-            return probing.quick_probe(drawn.skeleton, seed)
+            return probing.quick_probe(traits, seed)
         if thorough:
-            return probing.thorough_probe(drawn.skeleton, seed)
-        return probing.default_probe(drawn.skeleton, seed)
+            return probing.thorough_probe(traits, seed)
+        return probing.default_probe(traits, seed)
 
     return choose
 

@@ -37,8 +37,9 @@ from portkit.shown import shown
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from portkit.loading import Blueprint
+    from portkit.checkpoint import Files
     from portkit.parity.decoding.proof import DecodeParity
+    from portkit.parity.subject.traits import Traits
 
 Port = nn.Module | Callable[..., Any] | str | None
 Choice = str | Sequence[int] | Probe
@@ -302,14 +303,14 @@ def _word(dtype: str | torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _choice(probe: Choice, seed: int) -> Callable[[Blueprint], Probe]:
+def _choice(probe: Choice, seed: int) -> Callable[[Traits, Files], Probe]:
     if isinstance(probe, Probe):
-        return lambda _: probe
+        return lambda *_: probe
     if isinstance(probe, str):
         if probe not in _PROBES:
             raise ProbeError(f"probe {probe!r}: choose one of {', '.join(_PROBES)}, or token ids")
-        return lambda drawn: _PROBES[probe](drawn.skeleton, seed)
-    return lambda _: probing.probe_of_tokens("tokens", probe)
+        return lambda traits, _: _PROBES[probe](traits, seed)
+    return lambda *_: probing.probe_of_tokens("tokens", probe)
 
 
 def _table(sites: str | Path | None) -> str | None:

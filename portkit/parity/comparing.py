@@ -17,15 +17,12 @@ from portkit.errors import PortError
 from portkit.parity.judging.heap import release_freed_memory
 from portkit.parity.judging.judge import Verdict, judge
 from portkit.parity.judging.ledger import (
-    LOGITS,
+    PARAMETER,
     Ledger,
     SiteAccount,
     difference,
     difference_as_loaded,
-    rows,
-    same_shape,
     squares_of,
-    token_dim,
 )
 from portkit.parity.judging.local import (
     Calls,
@@ -42,8 +39,10 @@ from portkit.parity.judging.truth import Truth
 from portkit.parity.judging.whole import WholeTruth
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.result import Comparison, NotVerified
+from portkit.parity.sides.attention import QKV
 from portkit.parity.sides.roles import Visit
-from portkit.parity.sides.sites import QKV, CannotRun, Side, SiteTable, parameters_of, watching
+from portkit.parity.sides.sites import LOGITS, CannotRun, Side, SiteTable, watching, weights_of
+from portkit.parity.subject.dims import rows, same_shape, token_dim
 from portkit.parity.teeth.diagnose import Cause, Diagnosis, is_observed
 from portkit.parity.unseen import Unseen
 
@@ -97,6 +96,15 @@ def _in_order(trace: Trace) -> Iterator[str]:
         yield next(tables) if "#cos" in name or "#sin" in name else name
 
 
+def _is_due(name: str) -> bool:
+    """Whether a side that shows everything has to show it: outputs, and what goes into modules.
+
+    What else a module is given or gives, it may be given under another name, or not at all.
+    """
+    _, _, role = name.partition(":")
+    return role in {"", "in"}
+
+
 def groups(probe: Probe) -> list[list[Pass]]:
     """Passes in a row whose recordings together are little larger than the largest pass's.
 
@@ -127,6 +135,8 @@ class Comparing:
         composite = {
             name.rpartition(".")[0] for name in port.module_sites() if table.dims(name) is not None
         }
+        self._compared: set[str] = set()
+        """Sites that the port showed in some pass."""
         self.ledger = Ledger(table, composite)
         self.is_partial = port.is_partial or reference.is_partial
         truth = WholeTruth if self.is_partial else Truth
@@ -136,7 +146,7 @@ class Comparing:
         self.onlookers: Sequence[Onlooker] = ()
         self.diagnosis = Diagnosis(reference, table, probe) if is_observed(reference) else None
         self._recordings: list[Recording] = []
-        self._compares_logits = table.dims("lm_head") is not None
+        self._compares_logits = table.dims(LOGITS) is not None
         self._reference_caches: dict[str, Any] = {}
         self._free_caches: dict[str, Any] = {}
         self._taught_caches: dict[str, Any] = {}
@@ -144,7 +154,6 @@ class Comparing:
         """What pass and site held, ours and theirs, where it was wrong: later passes inherit it."""
         self._wrong_now: list[tuple[Tensor, Tensor]] = []
         """The same of the pass that runs: layers that share another's keys inherit them."""
-        self._seen: set[str] = set()
         """Sites of both sides that were compared where they are made."""
         self._continued = {one.continues for one in probe}
 
@@ -152,7 +161,7 @@ class Comparing:
     def parameters(self) -> None:
         """Both sides read the same file, each by its own map: what they hold is compared first."""
         declared = {
-            name: one for name, one in parameters_of(self.port).items() if self._observes(name)
+            name: one for name, one in weights_of(self.port).items() if self._observes(name)
         }
         theirs = self.reference.parameters(declared)
         for name, ours in declared.items():
@@ -170,7 +179,7 @@ class Comparing:
                 account.unequal.append(difference_as_loaded(account, ours, held))
                 if self.diagnosis is not None:
                     self.diagnosis.parameter(name, ours, held)
-        self.unseen.parameters = len(self.ledger.sites), len(parameters_of(self.reference))
+        self.unseen.parameters = len(self.ledger.sites), len(weights_of(self.reference))
 
     def _observes(self, parameter: str) -> bool:
         """Whether a parameter's module is declared, or one that it is a part of."""
@@ -240,9 +249,9 @@ class Comparing:
             self.unseen.refuse("port", one, error, put)
             if put is None:
                 return
-        self._seen |= recording.seen
         self.unseen.passed(trace)
-        for name in trace if not self.is_partial else ():
+        self._compared |= recording.seen
+        for name in filter(_is_due, trace) if not self.is_partial else ():
             account = self.ledger.site(name)
             account.missing = account.missing or name not in recording.seen
         if not self.is_partial:
@@ -323,11 +332,15 @@ class Comparing:
         return ours.to(theirs.dtype)
 
     def sites(self) -> dict[str, SiteAccount]:
-        """The accounts of what was compared: a pass may have broken off before a site."""
-        everything = self.ledger.sites
-        if not self.is_partial:
-            return everything
-        return {n: one for n, one in everything.items() if not one.dims or n in self._seen}
+        """The accounts of what was compared, or was missing, in order of execution.
+
+        A pass may have broken off before a site.
+        """
+        return {
+            name: account
+            for name, account in self.ledger.sites.items()
+            if name in self._compared or account.missing or name.endswith(PARAMETER)
+        }
 
     def not_verified(self) -> Iterator[NotVerified]:
         """What could not be asked, and what was not seen."""
@@ -354,6 +367,7 @@ class Comparing:
         if before is None:
             return ours
         dim = token_dim(self.ledger.site(name).dims)
+        assert dim is not None, "keys and values have tokens"
         past = ours.shape[dim] - one.num_tokens
         held_ours, held_theirs = ours.narrow(dim, 0, past), theirs.narrow(dim, 0, past)
         inherited = torch.ones_like(held_ours, dtype=torch.bool)

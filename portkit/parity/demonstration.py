@@ -22,7 +22,9 @@ from portkit.parity.probes.probe import Probe
 from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison, ParityResult
-from portkit.parity.sides.sites import PortSide, SiteTable
+from portkit.parity.sides.sites import PortSide
+from portkit.parity.subject.discovery import discover
+from portkit.parity.subject.traits import traits_of
 
 SITE = "model.layers.3.self_attn.q_norm"
 """Where the mistake is planted."""
@@ -101,8 +103,9 @@ def gates_of(probe: Probe, port: Iterable[Tensor], reference: Iterable[Tensor]) 
 
 
 def _compare(loaded: LoadedModel, reference: Reference, probe: Probe) -> Comparison:
-    table = SiteTable(loaded.architecture.sites)
-    return compare(PortSide(loaded.model, probe.longest), reference, table, probe)
+    port = PortSide(loaded.model, probe.longest)
+    table = discover(reference, traits_of(reference.model)).shown_by(port)
+    return compare(port, reference, table, probe)
 
 
 def _generation(loaded: LoadedModel, reference: Reference, prompt: list[int]) -> GenerationParity:

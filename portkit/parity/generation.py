@@ -109,7 +109,7 @@ def _greedy(
     for step in range(num_tokens):
         positions = torch.arange(past, past + len(new))[None]
         one = Pass(str(step), torch.tensor([new]), positions, None, before, num_logits=1)
-        logits.append(side.run(one, caches)[0, -1])
+        logits.append(side.run(one.to(side.device), caches)[0, -1])
         tokens.append(int(logits[-1].argmax()) if forced is None else forced[step])
         past, before, new = past + len(new), one.name, [tokens[-1]]
     return tokens, torch.stack(logits)

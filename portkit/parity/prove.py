@@ -15,19 +15,20 @@ import torch
 from portkit.architecture import CausalLM
 from portkit.checkpoint import Checkpoint
 from portkit.errors import OutOfMemory, PortkitError
-from portkit.loading import Blueprint, draw, open_checkpoint, resolve_device, resolve_dtype
+from portkit.loading import open_checkpoint, resolve_device, resolve_dtype
 from portkit.parity.comparing import Tell, compare
 from portkit.parity.generation import NUM_TOKENS, compare_generation
 from portkit.parity.gradients import GradientParity, compare_gradients
 from portkit.parity.judging.precision import ran_out_of_memory
 from portkit.parity.probes.probe import Probe, check_fits
 from portkit.parity.probes.probing import training_batch, unexercised
-from portkit.parity.question import Question, check_layers
+from portkit.parity.question import Question
 from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
 from portkit.parity.sides.making import Sides, make_sides
 from portkit.parity.sides.sharing import share_parameters
 from portkit.parity.sides.sites import CannotRun, PortSide, SiteTable
+from portkit.parity.subject.traits import Traits
 from portkit.parity.teeth.fates import Teeth, chosen, merged
 from portkit.parity.teeth.kill import KillMatrix, kill_matrix
 from portkit.parity.teeth.moving import ConfigMoves
@@ -44,7 +45,7 @@ _CARE_PASSES = {"short", "far"}
 class _Prepared:
     """What a comparison in one dtype is made of."""
 
-    blueprint: Blueprint
+    checkpoint: Checkpoint
     sides: Sides
     probe: Probe
     prompt: list[int]
@@ -88,7 +89,7 @@ def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Tee
             reference, probe = prepared.sides.reference, prepared.probe
             assert isinstance(reference, Reference), "nothing else stands in its place"
             probe = probe if dtype == asked else _care_probe(probe)
-            table, moved = _table(question, prepared), _moved(question, probe)
+            table, moved = prepared.sides.table, _moved(question, probe)
             fields = _config_moves(prepared, table, moved, settled(*configs))
             fates.append(kill_matrix(reference, table, moved, question.gate, tell, fields.see))
             configs.append(fields.found())
@@ -157,29 +158,24 @@ def _prepare(
     question: Question, checkpoint: Checkpoint, dtype: torch.dtype, tell: Tell
 ) -> _Prepared:
     tell(f"load in {_word(dtype)}")
-    blueprint = _draw(question, checkpoint)
-    probe = question.choose_probe(blueprint)
-    config = blueprint.config
-    check_fits(probe, config.vocab_size, config.max_position_embeddings)
-    prompt, num_tokens = _prompt(blueprint, probe)
-    length = max(probe.longest, len(prompt) + num_tokens)
-    sides = make_sides(question, blueprint, dtype, length)
+    sides = make_sides(question, checkpoint, dtype)
+    traits = sides.traits
+    probe = question.choose_probe(traits, checkpoint.files)
+    check_fits(probe, traits.vocab_size, traits.max_positions)
+    prompt, num_tokens = _prompt(checkpoint, traits, probe)
+    for side in (sides.port, sides.reference):
+        if isinstance(side, PortSide):
+            side.length = max(probe.longest, len(prompt) + num_tokens)
     if not sides.are_ours:  # whoever reads the head of all tokens makes other matrices of it
         probe = replace(probe, passes=tuple(replace(one, num_logits=None) for one in probe))
-    return _Prepared(blueprint, sides, probe, prompt, num_tokens)
-
-
-def _draw(question: Question, checkpoint: Checkpoint) -> Blueprint:
-    blueprint = draw(checkpoint, question.attention, question.ignore_config)
-    check_layers(question, blueprint.config.num_hidden_layers)
-    return blueprint
+    return _Prepared(checkpoint, sides, probe, prompt, num_tokens)
 
 
 def _compare(
     question: Question, prepared: _Prepared, tell: Tell, known: frozenset[str] = frozenset()
 ) -> Comparison:
     """`known`: fields of the config that need not be moved again."""
-    sides, table = prepared.sides, _table(question, prepared)
+    sides, table = prepared.sides, prepared.sides.table
     moved, faults = _moved(question, prepared.probe), chosen(question.faults)
     if sides.are_ours:
         share_parameters(sides.port, sides.reference)
@@ -196,7 +192,8 @@ def _config_moves(
 ) -> ConfigMoves:
     model = prepared.sides.port.model
     assert isinstance(model, CausalLM), "our own"
-    return ConfigMoves(prepared.blueprint, model, table, probe, known)
+    assert prepared.sides.blueprint is not None, "our own"
+    return ConfigMoves(prepared.sides.blueprint, model, table, probe, known)
 
 
 def _differentiate(question: Question, prepared: _Prepared) -> GradientParity:
@@ -204,7 +201,7 @@ def _differentiate(question: Question, prepared: _Prepared) -> GradientParity:
     assert isinstance(port, PortSide), "our own"
     assert isinstance(reference, Reference), "nothing else stands in its place"
     input_ids = training_batch(port.model).to(resolve_device(question.device))
-    return compare_gradients(port, reference, _table(question, prepared), input_ids)
+    return compare_gradients(port, reference, prepared.sides.table, input_ids)
 
 
 def _moved(question: Question, probe: Probe) -> Probe:
@@ -212,29 +209,26 @@ def _moved(question: Question, probe: Probe) -> Probe:
     return replace(probe, passes=tuple(one.to(device) for one in probe))
 
 
-def _table(question: Question, prepared: _Prepared) -> SiteTable:
-    return SiteTable(prepared.blueprint.architecture.sites, question.layers)
-
-
-def _prompt(blueprint: Blueprint, probe: Probe) -> tuple[list[int], int]:
+def _prompt(checkpoint: Checkpoint, traits: Traits, probe: Probe) -> tuple[list[int], int]:
     """A prompt of one's own, or words, and how many tokens to generate after it.
 
     After random tokens a model ends in repeating one.
     """
-    context = blueprint.config.max_position_embeddings
+    context = traits.max_positions or probe.longest + NUM_TOKENS
     first = next(iter(probe))
     prompt = first.input_ids[-1, first.real[-1]].tolist()
     if probe.name != "prompt":
         with suppress(PortkitError):  # a checkpoint need not have a tokenizer
-            words = Tokenizer.open(blueprint.checkpoint.files).encode(_OPENING)
-            prompt = words if words and max(words) < blueprint.config.vocab_size else prompt
+            words = Tokenizer.open(checkpoint.files).encode(_OPENING)
+            prompt = words if words and max(words) < traits.vocab_size else prompt
     num_tokens = max(1, min(NUM_TOKENS, context // 2))
     return prompt[: max(1, context - num_tokens)], num_tokens
 
 
 def _not_verified(question: Question, prepared: _Prepared) -> Iterator[NotVerified]:
-    yield from unexercised(prepared.blueprint.skeleton, prepared.probe)
-    for key in prepared.blueprint.ignored:
+    yield from unexercised(prepared.sides.traits, prepared.probe)
+    blueprint = prepared.sides.blueprint
+    for key in () if blueprint is None else blueprint.ignored:
         yield NotVerified(f"config: {key}", "not understood, and ignored on request")
     if question.faults != "off" and not prepared.sides.are_ours:
         yield NotVerified("known faults", "they are tried where both sides show every site")

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from portkit.checkpoint import Files
 from portkit.errors import PortkitError
-from portkit.loading import Blueprint
 from portkit.parity.probes.probe import Probe
 from portkit.parity.probes.probing import default_probe
 from portkit.parity.sides.factories import Factory
+from portkit.parity.subject.traits import Traits
 
 Given = str | Factory | None
 """`module:factory`, or a factory itself; None: ours, or Transformers."""
@@ -39,7 +40,8 @@ class Question:
     """By which the faults of the catalogue are judged."""
     faults: str = "full"
     """How many of them are tried: full, sampled or off."""
-    choose_probe: Callable[[Blueprint], Probe] = lambda drawn: default_probe(drawn.skeleton)
+    choose_probe: Callable[[Traits, Files], Probe] = lambda traits, _: default_probe(traits)
+    """Of the subject's traits, and the files beside it, as its tokenizer's."""
     port: Given = None
     reference: Given = None
     sites: str | None = None

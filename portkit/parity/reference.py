@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from inspect import get_annotations
+from inspect import get_annotations, signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,14 +22,24 @@ from torch import Tensor, nn
 
 from portkit.errors import ReferenceUnavailable
 from portkit.json_reading import read_object
-from portkit.nn.moe import Routing
 from portkit.parity.probes.probe import Pass
-from portkit.parity.sides.roles import Visit, visit_tables
-from portkit.parity.sides.sites import choice_of, parameters_of, visit_inputs, visit_routing
+from portkit.parity.sides.attention import visit_inputs
+from portkit.parity.sides.experts import form_of_experts, plain_experts
+from portkit.parity.sides.roles import Visit, visit_value
+from portkit.parity.sides.routing import routing_as, routing_of, visit_routing
+from portkit.parity.sides.sites import (
+    AGAIN,
+    ROTARY,
+    CannotRun,
+    watch_tables_of,
+    weights_of,
+)
 
 # Where a multimodal model keeps the text model that sites are named after.
 _TEXT_PREFIX = "model.language_model."
 _EAGER = "eager_attention_forward"
+_CACHES = ("past_key_values", "cache_params")
+"""What families call the argument, and the field, that holds their cache."""
 
 
 class Reference:
@@ -42,24 +52,47 @@ class Reference:
     ) -> None:
         self.model, self.attention, self.notes = model, attention, notes
         self._sites = _text_modules(model)
+        self._takes = frozenset(signature(model.forward).parameters)
+        self._cache = next((one for one in _CACHES if one in self._takes), _CACHES[0])
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
-        output = self.model(
-            input_ids=one.input_ids,
-            position_ids=one.positions,
-            attention_mask=one.attention_mask,
-            past_key_values=caches.pop(one.continues) if one.continues else None,
-            use_cache=True,
-            logits_to_keep=one.num_logits or 0,
-        )
-        caches[one.name] = output.past_key_values
+        """Raises `CannotRun` where the model lacks what the pass is made of."""
+        given: dict[str, Any] = {"input_ids": one.input_ids, "use_cache": True}
+        if "position_ids" in self._takes:
+            given["position_ids"] = one.positions
+        elif not (one.counts_on or one.counts_real):
+            raise CannotRun("it takes no position_ids")
+        if "attention_mask" in self._takes:
+            given["attention_mask"] = self._mask(one)
+        elif not bool(one.real.all()):
+            raise CannotRun("it takes no attention_mask")
+        if one.continues:
+            if one.continues not in caches:
+                raise CannotRun("it leaves no cache behind")
+            given[self._cache] = caches.pop(one.continues)
+        if "logits_to_keep" in self._takes:
+            given["logits_to_keep"] = one.num_logits or 0
+        output = self.model(**{key: value for key, value in given.items() if key in self._takes})
+        cache = getattr(output, self._cache, None)
+        if cache is not None:
+            caches[one.name] = cache
         logits: Tensor = output.logits
-        return logits
+        return logits[:, -one.num_logits :] if one.num_logits else logits
+
+    def _mask(self, one: Pass) -> Tensor | None:
+        """Of past and new tokens; a model whose cache is a state is told of the new ones alone."""
+        if one.attention_mask is None or self._cache == _CACHES[0]:
+            return one.attention_mask
+        return one.attention_mask[:, -one.num_tokens :]
 
     def differentiable_logits(self, input_ids: Tensor) -> Tensor:
         """Logits of (batch, tokens) ids in one pass without a cache, with their graph."""
@@ -70,41 +103,26 @@ class Reference:
         return self._sites
 
     def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
-        """Routers give (logits, weights, ids), or (weights of all experts, logits).
+        """A router's parts by what they are; of anything else each tensor."""
+        routing = routing_of(output)
+        if routing is None or any(True for _ in self._sites[name.partition(AGAIN)[0]].children()):
+            return visit_value(name, output, visit)
+        return routing_as(output, visit_routing(name, visit, routing), routing)
 
-        Other tuples, as attention's, begin with the result.
-        """
-        if not isinstance(output, tuple):
-            return visit(name, output)
-        has_parts = any(True for _ in self.module_sites()[name].children())
-        if not has_parts and len(output) == 3:
-            return tuple(visit_routing(name, visit, Routing(*output)))
-        if not has_parts and len(output) == 2:
-            scores, logits = output
-            logits = visit(name, logits)
-            return visit(choice_of(name), scores), logits
-        return (visit(name, output[0]), *output[1:])
+    def points_of(self, name: str) -> bool:
+        return False
 
     def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters by the port's names, those that there are."""
-        return by_name(parameters_of(self), names)
+        return by_name(weights_of(self), names)
 
     @property
-    def experts(self) -> str:
-        """The form in which its experts run, in its own word."""
-        model: Any = self.model
-        return str(model.get_experts_implementation()[""])
+    def experts(self) -> str | None:
+        """The form in which its experts run, in its own word; None where it has one form alone."""
+        return form_of_experts(self.model)
 
-    @contextmanager
-    def plain_experts(self) -> Iterator[None]:
-        """Run experts in the form that takes float64: the grouped kernel refuses it."""
-        model: Any = self.model
-        before = model.get_experts_implementation()
-        model.set_experts_implementation("eager")
-        try:
-            yield
-        finally:
-            model.set_experts_implementation(before)
+    def plain_experts(self) -> Any:
+        return plain_experts(self.model)
 
     @contextmanager
     def watch_attention(self, visit: Visit) -> Iterator[None]:
@@ -123,8 +141,9 @@ class Reference:
                 name = names.get(module)
                 if name is None:  # the vision tower's
                     return kernel(module, query, key, value, attention_mask, **options)
+                causal = options.get("is_causal", getattr(module, "is_causal", None))
                 query, key, value, mask = visit_inputs(
-                    name, visit, query, key, value, attention_mask
+                    name, visit, (query, key, value), attention_mask, causal
                 )
                 context, weights = kernel(module, query, key, value, mask, **options)
                 return visit(f"{name}#context", context), weights
@@ -136,11 +155,22 @@ class Reference:
 
     @contextmanager
     def other_kernel(self) -> Iterator[None]:
-        """Run with the attention kernel that was not asked for: rounding of another kind."""
+        """Run with the attention kernel that was not asked for: rounding of another kind.
+
+        A model that has one kernel goes on with it.
+        """
         model: Any = self.model
         asked = self.attention
-        self.attention = "eager" if asked == "sdpa" else "sdpa"
-        model.set_attn_implementation(self.attention)
+        other = "eager" if asked == "sdpa" else "sdpa"
+        if other not in self.kernels():
+            yield
+            return
+        try:
+            model.set_attn_implementation(other)
+        except (ValueError, ImportError):  # it says itself that it has not
+            yield
+            return
+        self.attention = other
         try:
             yield
         finally:
@@ -148,11 +178,21 @@ class Reference:
             model.set_attn_implementation(asked)
 
     def kernels(self) -> dict[str, Callable[..., Any]]:
+        """Those of its attention interface; none where it has an attention of its own."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        attention = next(m for n, m in self.module_sites().items() if n.endswith(".self_attn"))
-        eager = getattr(sys.modules[type(attention).__module__], _EAGER)
-        return {"sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"], "eager": eager}
+        homes = self._homes()
+        if not homes:
+            return {}
+        found = {"eager": getattr(homes[0], _EAGER)}
+        if getattr(self.model, "_supports_sdpa", False):
+            found["sdpa"] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return found
+
+    def _homes(self) -> list[Any]:
+        """The modules of Python in which an eager kernel lies that the model's classes use."""
+        found = dict.fromkeys(sys.modules[type(m).__module__] for m in self._sites.values())
+        return [home for home in found if hasattr(home, _EAGER)]
 
     @contextmanager
     def _kernels_replaced(self, wrap: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
@@ -163,36 +203,18 @@ class Reference:
                 ALL_ATTENTION_FUNCTIONS["sdpa"] = wrap(ALL_ATTENTION_FUNCTIONS["sdpa"])
                 stack.callback(ALL_ATTENTION_FUNCTIONS.pop, "sdpa")
             else:
-                homes = {
-                    sys.modules[type(m).__module__]
-                    for n, m in self.module_sites().items()
-                    if n.endswith(".self_attn")
-                }
-                for home in homes:
+                for home in self._homes():
                     before = getattr(home, _EAGER)
                     setattr(home, _EAGER, wrap(before))
                     stack.callback(setattr, home, _EAGER, before)
             yield
 
     def table_modules(self) -> Mapping[str, nn.Module]:
-        return {n: m for n, m in self.module_sites().items() if n.endswith("rotary_emb")}
+        return {n: m for n, m in self._sites.items() if n.endswith(ROTARY)}
 
-    @contextmanager
-    def watch_tables(self, visit: Visit) -> Iterator[None]:
+    def watch_tables(self, visit: Visit) -> Any:
         """Called once a layer type where they differ, and then told which by its name."""
-        ((name, module),) = self.table_modules().items()
-        prefix = name.removesuffix(".rotary_emb")
-
-        def after(_: nn.Module, args: Any, kwargs: dict[str, Any], tables: Any) -> Any:
-            kinds = [one for one in (*args, *kwargs.values()) if isinstance(one, str)]
-            suffix = f".{kinds[0]}" if kinds else ""
-            return visit_tables(tables, lambda r, one: visit(f"{prefix}#{r}{suffix}", one))
-
-        handle = module.register_forward_hook(after, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return watch_tables_of(self.table_modules(), visit)
 
 
 def _text_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -278,7 +300,8 @@ def load_reference(
                 f"the reference reports {key.replace('_', ' ')} in {directory}: {names}"
             )
     # To a device and never to a dtype: that would round its constants.
-    return Reference(model.eval().to(torch.device(device)), attention, tuple(notes))
+    runs = getattr(model.config, "_attn_implementation", None) or attention
+    return Reference(model.eval().to(torch.device(device)), runs, tuple(notes))
 
 
 def _is_beside(key: str, model: Any) -> bool:
@@ -310,7 +333,14 @@ def _from_pretrained(
         "local_files_only": True,
     }
     try:
-        model, report = auto.from_pretrained(folder, **options)
+        try:
+            model, report = auto.from_pretrained(folder, **options)
+        except ValueError as error:
+            if "attn_implementation" not in str(error):
+                raise
+            del options["attn_implementation"]
+            model, report = auto.from_pretrained(folder, **options)
+            notes.append(f"the reference has no {attention} attention: it runs its own")
     except ImportError:
         whole = configs.from_pretrained(folder, local_files_only=True)
         text = whole.get_text_config()

@@ -30,7 +30,6 @@ from portkit.parity.decoding.fast_ways import (
 from portkit.parity.gradients import SAME_GRADIENT
 from portkit.parity.judging.free_truth import FreeTruth
 from portkit.parity.judging.judge import CHANNEL_FACTOR, FLOOR_FACTOR, Verdict, worst
-from portkit.parity.judging.ledger import LOGITS
 from portkit.parity.probes.feeding import (
     DECODED,
     STEPWISE,
@@ -41,7 +40,7 @@ from portkit.parity.probes.feeding import (
     prompts_of,
 )
 from portkit.parity.reference import Reference
-from portkit.parity.sides.sites import PortSide, SiteTable, watching
+from portkit.parity.sides.sites import LOGITS, PortSide, SiteTable, watching
 from portkit.readable import ReadableBatch
 
 SAME_LOGITS = SAME_GRADIENT

@@ -20,7 +20,8 @@ from portkit.parity.prove import CARE, memory_watched
 from portkit.parity.question import Question
 from portkit.parity.reference import load_reference
 from portkit.parity.result import NotVerified
-from portkit.parity.sides.sites import SiteTable
+from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.traits import traits_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def prove_decoding(
             blueprint = draw(checkpoint, question.attention, question.ignore_config)
             given = None
             if prompt:
-                probe = question.choose_probe(blueprint)
+                probe = question.choose_probe(traits_of(blueprint.skeleton), checkpoint.files)
                 config = blueprint.config
                 check_fits(probe, config.vocab_size, config.max_position_embeddings)
                 given = _first_row(probe)
@@ -80,7 +81,7 @@ def prove_decoding(
             device = str(resolve_device(question.device))
             attention = question.reference_attention or question.attention
             reference = load_reference(folder, dtype, attention, device)
-            table = SiteTable(blueprint.architecture.sites)
+            table = sites_of(loaded.model)
             found = decode_matrix(loaded.model, reference, table, text, packages, tell)
         matrices.append(found)
         notes |= dict.fromkeys((*loaded.report.notes, *reference.notes))

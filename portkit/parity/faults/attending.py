@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from portkit.parity.faults.scene import Scene
-from portkit.parity.sides.sites import additive
+from portkit.parity.sides.attention import additive
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from portkit.parity.faults.scene import Scene
 from portkit.parity.judging.routing import logits_before
-from portkit.parity.sides.sites import EXPERTS, choice_of
+from portkit.parity.sides.routing import EXPERTS, choice_of
 
 _MATRICES = ("gate_up", "down")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from portkit.parity.faults.recipe import Cookbook, Recipe
+from portkit.parity.faults.recipe import Cookbook, Recipe, as_far_as_known
 from portkit.parity.faults.rotary import Rotation, Tables
 from portkit.parity.faults.scene import Facts, Scene, layer_of
 
@@ -76,7 +76,7 @@ def on(kind: type[R], edit: Callable[[R, Place], Iterable[Recipe]]) -> Edit:
     """An edit of one kind of recipe; others are left alone."""
 
     def only(recipe: Any, place: Place) -> Iterable[Recipe]:
-        return edit(recipe, place) if isinstance(recipe, kind) else ()
+        return as_far_as_known(edit(recipe, place)) if isinstance(recipe, kind) else ()
 
     return only
 

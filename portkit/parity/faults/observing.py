@@ -22,13 +22,13 @@ from portkit.parity.faults import (
 )
 from portkit.parity.faults.recipe import Recipe
 from portkit.parity.faults.scene import Scene
-from portkit.parity.judging.ledger import LOGITS
-from portkit.parity.sides.sites import AGAIN
+from portkit.parity.judging.ledger import PARAMETER
+from portkit.parity.sides.sites import AGAIN, LOGITS
 
 
 def candidates(scene: Scene, site: str) -> Iterator[Recipe]:
     """The recipes that a site could have, the likelier first."""
-    if site.endswith(wiring.PARAMETER):
+    if site.endswith(PARAMETER):
         yield wiring.parameter_of(scene, site)
     elif site == LOGITS:
         yield modules.logits(scene.facts.config)

@@ -8,14 +8,16 @@ a recipe, and two faults that meet are two edits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from portkit.parity.faults.scene import Facts, Scene
-from portkit.parity.judging.ledger import difference, same_shape
+from portkit.parity.judging.ledger import difference
+from portkit.parity.subject.dims import same_shape
 
 
 class Recipe(Protocol):
@@ -45,15 +47,33 @@ class Cookbook:
         """The first candidate that gives the recorded tensor in every bit."""
         if site not in self._known and not scene.exact:
             found = (x for x in self._candidates(scene, site) if reproduces(x, scene, site))
-            self._known[site] = next(found, None)
+            self._known[site] = next(as_far_as_known(found), None)
         return self._known.get(site)
+
+    @property
+    def num_unknown(self) -> int:
+        """How many sites were asked for and have no recipe."""
+        return sum(one is None for one in self._known.values())
+
+
+T = TypeVar("T")
+
+
+def as_far_as_known(tried: Iterable[T]) -> Iterator[T]:
+    """What is tried, up to where it asks a model for something that this one does not have.
+
+    The catalogue is written of what models have in common; of one that is made otherwise it knows
+    less, and that is no reason for a proof to end.
+    """
+    with suppress(AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+        yield from tried
 
 
 def reproduces(recipe: Recipe, scene: Scene, site: str) -> bool:
     """Whether a recipe gives what was recorded at the real tokens."""
     try:
         made, recorded = recipe.run(scene, site), scene.at(site)
-    except (RuntimeError, IndexError):
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError):
         return False  # what cannot be computed of these tensors is not what stands there
     if made is None:
         return False

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from portkit.parity.faults.modules import Norm
 from portkit.parity.faults.scene import Scene
-from portkit.parity.judging.ledger import token_dim
 from portkit.parity.sides.sites import AGAIN
+from portkit.parity.subject.dims import token_dim
 
 Parameters = tuple[tuple[str, object], ...]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from portkit.parity.faults.modules import Norm
 from portkit.parity.faults.scene import Scene, layer_of
+from portkit.parity.judging.ledger import PARAMETER
 
-PARAMETER = " (parameter)"
 _NEAR, _FAR = 24, 60
 """How many sites back a copy is looked for, and a sum's terms."""
 

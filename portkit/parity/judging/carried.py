@@ -16,15 +16,9 @@ import torch
 from torch import Tensor
 
 from portkit.parity.judging.judge import CHANNEL_FACTOR, FLOOR_FACTOR, Judgement, Verdict, relative
-from portkit.parity.judging.ledger import (
-    Distance,
-    SiteAccount,
-    difference,
-    rows,
-    same_shape,
-    squares_of,
-)
+from portkit.parity.judging.ledger import Distance, SiteAccount, difference, squares_of
 from portkit.parity.probes.probe import Pass
+from portkit.parity.subject.dims import rows, same_shape
 from portkit.parity.traces.trace_file import RecordedFloor, token_place
 
 Floors = Mapping[str, RecordedFloor]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from portkit.parity.judging.judge import SAME_FUNCTION
-from portkit.parity.judging.ledger import Ledger, picked, rows, squares_of
+from portkit.parity.judging.ledger import Ledger, picked, squares_of
 from portkit.parity.judging.local import Recording
 from portkit.parity.judging.precision import is_same_memory
 from portkit.parity.judging.routing import compared_tokens, logits_before
 from portkit.parity.judging.spread import token_sums
-from portkit.parity.sides.sites import EXPERTS
+from portkit.parity.sides.routing import EXPERTS
+from portkit.parity.subject.dims import rows
 
 
 class Distances:

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from portkit.parity.judging.ledger import LOGITS
 from portkit.parity.judging.local import Trace, block_modules
 from portkit.parity.judging.precision import casts_lifted, held_in_float64, rows_in_float64
 from portkit.parity.judging.truth import HEAD, HEAD_ROWS, embed_in_float64
 from portkit.parity.probes.probe import Pass
-from portkit.parity.sides.sites import Side, SiteTable, watching
+from portkit.parity.sides.sites import LOGITS, Side, SiteTable, watching
 
 Run = Callable[..., Any]
 

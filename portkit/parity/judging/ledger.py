@@ -18,70 +18,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from portkit.parity.judging.spread import Spread, TokenError, token_sums, worst_tokens
 from portkit.parity.probes.probe import Pass
-from portkit.parity.sides.sites import AGAIN, QKV, SiteTable
+from portkit.parity.sides.attention import QKV
+from portkit.parity.sides.sites import AGAIN, LOGITS, SiteTable
+from portkit.parity.subject.dims import batch_dim, by_token, real_tokens, rows, token_dim
 
 NUM_WORST = 3
-LOGITS = "#logits"
-"""The site that every model has: what it returns."""
-_LOGITS_DIMS = "batch position vocabulary"
+PARAMETER = " (parameter)"
 BLOCK = 1 << 24
 """Values that are compared in float64 at a time."""
 _CACHED = 1 << 15
 """Values of which a float64 copy stays in a core's cache."""
 
 
-def token_dim(dims: str) -> int:
-    """Which dimension counts tokens."""
-    return next(i for i, name in enumerate(dims.split()) if name in {"position", "query"})
-
-
-def batch_dim(dims: str) -> int:
-    """Which dimension counts rows of a batch."""
-    return dims.split().index("batch")
-
-
-def by_token(tensor: Tensor, dims: str, one: Pass) -> Tensor:
-    """(batch, tokens, …), whatever comes first in `dims`.
-
-    Experts see all rows' tokens as one row, (batch x tokens, …), or such a row for each of them,
-    one after the other.
-    """
-    batch, num_merged = len(one.input_ids), _num_merged(tensor, dims)
-    if num_merged == 2:
-        return tensor.reshape(batch, -1, *tensor.shape[1:])
-    if num_merged == 3:
-        tensor = tensor.reshape(-1, batch, one.num_tokens, *tensor.shape[1:])
-    return tensor.movedim((batch_dim(dims), token_dim(dims)), (0, 1))
-
-
-def same_shape(dims: str, port: Tensor, reference: Tensor) -> bool:
-    """Equal but for the batch: masks and tables may be for all rows one."""
-    batch = max(0, batch_dim(dims) + 1 - _num_merged(port, dims))
-    shapes = [(*one.shape[:batch], *one.shape[batch + 1 :]) for one in (port, reference)]
-    return shapes[0] == shapes[1]
-
-
-def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
-    """(…) to (real tokens, channels): padding left out, heads and channels side by side.
-
-    Keys and values reach back over the cache: their tokens are the last of past and new.
-    """
-    batch = len(one.input_ids)
-    moved = by_token(tensor, dims, one)
-    moved = moved.expand(batch, *moved.shape[1:])  # masks and tables may be for all rows one
-    if one.attention_mask is None:
-        return moved.reshape(moved.shape[0] * moved.shape[1], -1)
-    return moved.flatten(2)[one.real_of_last(moved.shape[1])]
-
-
 def picked(found: Tensor) -> Tensor:
     """At most 64 rows, spread evenly."""
     return found[:: max(1, len(found) // 64)][:64]
-
-
-def _num_merged(tensor: Tensor, dims: str) -> int:
-    """How many of the first dimensions are one in this tensor."""
-    return len(dims.split()) - tensor.dim() + 1
 
 
 @dataclass
@@ -98,9 +49,14 @@ class Distance:
         channels: slice = slice(None),
         width: int | None = None,
     ) -> None:
-        """Add `squares_of` so many rows; of `channels` of `width` where they are a block."""
+        """Add `squares_of` so many rows; of `channels` of `width` where they are a block.
+
+        Where passes have other numbers of channels, as of past keys, all are added up to one.
+        """
         if self.per_channel is None:
             self.per_channel = squares.new_zeros(width or len(squares))
+        if width is None and len(squares) != len(self.per_channel):
+            self.per_channel, squares = (one.sum()[None] for one in (self.per_channel, squares))
         self.per_channel[channels] += squares
         if not channels.start:
             self.num_rows += num_rows
@@ -210,13 +166,13 @@ class Ledger:
 
     def parameter(self, name: str) -> SiteAccount:
         """The account of a parameter as it was loaded."""
-        name = f"{name} (parameter)"
+        name = f"{name}{PARAMETER}"
         return self.sites.setdefault(name, SiteAccount(name, "", is_glue=False))
 
     def site(self, name: str) -> SiteAccount:
         """The account of a declared site."""
         if name not in self.sites:
-            dims = _LOGITS_DIMS if name == LOGITS else self._table.dims(name)
+            dims = self._table.dims(name)
             assert dims is not None, f"{name} is not declared"
             first = name.partition(AGAIN)[0]
             given_to_attention = any(first.endswith(f"#{role}") for role in (*QKV, "mask"))
@@ -237,7 +193,8 @@ class Ledger:
         account = self.sites[name]
         moved = by_token(like, account.dims, one)
         account.inner = tuple(moved.shape[2:])
-        account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, moved.shape[1])
+        real = real_tokens(one, account.dims, moved.shape[1])
+        account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, real)
 
 
 def difference_as_loaded(account: SiteAccount, port: Tensor, reference: Tensor) -> PassRecord:
@@ -287,7 +244,7 @@ def _worst(one: Pass, dims: str, port: Tensor, reference: Tensor, place: int) ->
     moved, theirs = (by_token(each, dims, one) for each in (port, reference))
     inner = tuple(moved.shape[2:])
     token, rest = divmod(place, max(1, math.prod(inner)))
-    row, position = one.real_of_last(moved.shape[1]).nonzero()[token].tolist()
+    row, position = real_tokens(one, dims, moved.shape[1]).nonzero()[token].tolist()
     at = (row if len(moved) > 1 else 0, position, *_within(inner, rest))
     return Worst(row, position, said_place(dims, inner, rest), float(moved[at]), float(theirs[at]))
 

@@ -60,9 +60,31 @@ def taught(trace: Trace, compare: Callable[[str, Tensor, Tensor], None]) -> Visi
         if tensor.dtype == recorded.dtype and tensor.shape == recorded.shape:
             # Unequal or not, the recorded one goes on; where equal that is the tensor itself.
             return tensor if torch.equal(tensor, recorded) else recorded.clone()
-        return recorded.to(tensor.dtype) if recorded.is_floating_point() else recorded
+        return in_place_of(tensor, recorded)
 
     return visit
+
+
+def in_place_of(tensor: Tensor, recorded: Tensor) -> Tensor:
+    """The recorded tensor as it can stand in the place of `tensor`, in its dtype; else `tensor`.
+
+    A mask that is one for all rows stands for each row's. Nothing of another shape is ever put in.
+    """
+    if tensor.is_floating_point() != recorded.is_floating_point():
+        return tensor
+    if tensor.shape != recorded.shape:
+        if tensor.dim() != recorded.dim() or not _stretches(recorded, tensor):
+            return tensor
+        recorded = recorded.expand_as(tensor)
+    return recorded.to(tensor.dtype) if recorded.is_floating_point() else recorded
+
+
+def _stretches(recorded: Tensor, tensor: Tensor) -> bool:
+    """Whether one is the other but for rows that it has once for all."""
+    return all(
+        a == b or (a == 1 and place == 0)
+        for place, (a, b) in enumerate(zip(recorded.shape, tensor.shape, strict=True))
+    )
 
 
 def looked_at(trace: Trace, look: Callable[[str, Tensor, Tensor], None]) -> Visit:
@@ -138,8 +160,19 @@ class Recording:
 
 
 def block_modules(side: Side, table: SiteTable) -> dict[str, nn.Module]:
-    """The outermost declared modules, which a pass runs one after the other."""
-    declared = {n: m for n, m in side.module_sites().items() if table.dims(n) is not None}
+    """The outermost modules that are sites, which a pass runs one after the other.
+
+    What holds a list of layers is run through and is no block; its layers are.
+    """
+    modules = side.module_sites()
+    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    outer = [one for one in lists if not any(one.startswith(f"{each}.") for each in lists)]
+    through = {one[:end] for one in outer for end, c in enumerate(one) if c == "."} | {""}
+    declared = {
+        name: module
+        for name, module in modules.items()
+        if name not in through and table.dims(name) is not None
+    }
 
     def is_outermost(name: str) -> bool:
         return not any(c == "." and name[:end] in declared for end, c in enumerate(name))

@@ -88,22 +88,23 @@ def token_sums(error: Tensor, floor: Tensor | None, truth: Tensor) -> Tensor:
 
 
 def worst_tokens(
-    known: Iterable[TokenError], one: Pass, sums: Tensor, num_held: int
+    known: Iterable[TokenError], one: Pass, sums: Tensor, real: Tensor
 ) -> tuple[TokenError, ...]:
     """The tokens with the largest error among the known ones and those of a pass.
 
-    `sums` are `token_sums` of its real tokens, where a site holds the last `num_held` of each row.
+    `sums` are `token_sums` of its real tokens, of the last ones that a site holds: `real` (batch,
+    tokens) tells where.
     """
-    found = [*known, *_tokens(one, sums, num_held)]
+    found = [*known, *_tokens(one, sums, real)]
     found.sort(key=lambda each: -each.error)
     return tuple(found[:NUM_TOKENS])
 
 
-def _tokens(one: Pass, sums: Tensor, num_held: int) -> Iterator[TokenError]:
+def _tokens(one: Pass, sums: Tensor, real: Tensor) -> Iterator[TokenError]:
     whole = sums[2].where(sums[2] > 0, 1.0)
     errors, floors = (sums[:2] / whole).sqrt().cpu()
     errors = errors.nan_to_num(nan=math.inf)
-    places = one.real_of_last(num_held).nonzero()
+    places, num_held = real.nonzero(), real.shape[1]
     for token in errors.topk(min(NUM_TOKENS, len(errors))).indices.tolist():
         if not errors[token]:
             continue

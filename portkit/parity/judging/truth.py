@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from portkit.parity.judging.distances import Distances
 from portkit.parity.judging.heap import release_freed_memory
-from portkit.parity.judging.ledger import Ledger, SiteAccount, rows, squares_of
+from portkit.parity.judging.ledger import Ledger, SiteAccount, squares_of
 from portkit.parity.judging.local import Call, Calls, Recording, Trace, block_modules, recorder
 from portkit.parity.judging.once import ComputedOnce
 from portkit.parity.judging.precision import (
@@ -27,8 +27,10 @@ from portkit.parity.judging.precision import (
     held_in_float64,
     rows_in_float64,
 )
+from portkit.parity.sides.attention import QKV, additive
 from portkit.parity.sides.roles import Visit
-from portkit.parity.sides.sites import QKV, Side, SiteTable, additive, watching
+from portkit.parity.sides.sites import Side, SiteTable, watching
+from portkit.parity.subject.dims import rows
 
 Look = Callable[[str, Tensor], None]
 HEAD = "lm_head"
@@ -180,9 +182,13 @@ class _Within:
             if name == block or name.startswith(f"{block}.")
         }
         self.watch_attention, self.visit_output = side.watch_attention, side.visit_output
+        self.points_of = side.points_of
 
     def module_sites(self) -> Mapping[str, nn.Module]:
         return self._modules
+
+    def table_modules(self) -> Mapping[str, nn.Module]:
+        return {}
 
     @contextmanager
     def watch_tables(self, _: Visit) -> Iterator[None]:

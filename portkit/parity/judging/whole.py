@@ -17,17 +17,21 @@ from torch import Tensor
 from portkit.parity.judging.distances import Distances
 from portkit.parity.judging.heap import release_freed_memory
 from portkit.parity.judging.judge import SAME_FUNCTION
-from portkit.parity.judging.ledger import LOGITS, Ledger, rows, squares_of
-from portkit.parity.judging.local import Recording, Trace
+from portkit.parity.judging.ledger import Ledger, squares_of
+from portkit.parity.judging.local import Recording, Trace, in_place_of
 from portkit.parity.judging.precision import (
     casts_lifted,
     held_in_float64,
     ran_out_of_memory,
 )
 from portkit.parity.sides.fitting import Fitting
-from portkit.parity.sides.sites import CannotRun, Side, SiteTable, watching
+from portkit.parity.sides.sites import LOGITS, CannotRun, Side, SiteTable, watching
+from portkit.parity.subject.dims import rows
 
 _TABLES = ("#cos", "#sin")
+_SAME_KERNEL = 1e-9
+"""Relative RMS in float64 up to which two kernels are one function: masks of the dtype's lowest
+number, and sums in another order, stay far below."""
 
 
 class WholeTruth:
@@ -41,6 +45,8 @@ class WholeTruth:
         """What could not be asked of the sides in float64, and why."""
         self.notes: list[str] = []
         self._caches: dict[str, dict[str, Any]] = {}
+        self._other_is_same: bool | None = None
+        """None: not asked yet."""
 
     @torch.no_grad()
     def judge(self, recordings: Sequence[Recording]) -> None:
@@ -57,10 +63,7 @@ class WholeTruth:
                 if truths is None:
                     account.truth_lacking = one.trace[site].is_floating_point()
         for one, truth in zip(recordings, truths or [], strict=False):
-            for site, exact in truth.items():
-                self.distances.hold(one, site, exact)
-                if self.reference.is_partial:
-                    self._allow_one_rounding(one, site, exact)
+            self._hold(one, truth)
         self.distances.close(recordings)
         self._add_other_kernel(recordings, truths)
         if theirs is not None and ours is not None:
@@ -76,6 +79,15 @@ class WholeTruth:
         for number, one in enumerate(recordings):
             variants = [each[number] for each in (theirs, with_tables) if each is not None]
             self._ask(one, variants, ours[number])
+
+    def _hold(self, one: Recording, truth: Trace) -> None:
+        for site in one.seen.difference(truth):
+            # Experts that take other turns in float64 leave such a site without a truth.
+            self.ledger.site(site).truth_lacking |= one.trace[site].is_floating_point()
+        for site, exact in truth.items():
+            self.distances.hold(one, site, exact)
+            if self.reference.is_partial:
+                self._allow_one_rounding(one, site, exact)
 
     def _in_float64(
         self, name: str, side: Side, recordings: Sequence[Recording], tables: bool = False
@@ -94,7 +106,7 @@ class WholeTruth:
             with held_in_float64(side.model), side.plain_experts():
                 return [self._run(side, one, caches, tables) for one in recordings]
         except (CannotRun, RuntimeError, TypeError) as error:
-            if ran_out_of_memory(error) or (side is self.reference and not side.is_partial):
+            if ran_out_of_memory(error):
                 raise
             self.unasked[name] = str(error).partition("\n")[0]
             return None
@@ -110,7 +122,7 @@ class WholeTruth:
                 found[site] = tensor.clone()  # of a buffer that is written later, it may be a part
             elif not (tables and _is_table(site)):
                 return tensor
-            return recorded.double() if recorded.is_floating_point() else recorded
+            return in_place_of(tensor, recorded)
 
         shown = self.fitting.visitor(one.run.name, one.trace, visit, lambda *_: None)
         with watching(side, self.table, shown), casts_lifted():
@@ -142,6 +154,8 @@ class WholeTruth:
         with self.reference.other_kernel():
             if truths is None or self.reference.attention == self.distances.kernel:
                 return
+            if not self._is_same_function(recordings[0], truths[0]):
+                return
             for one, truth in zip(recordings, truths, strict=True):
                 for site, tensor in self._run_taught(one, caches).items():
                     held = truth.get(site)
@@ -151,6 +165,27 @@ class WholeTruth:
                     exact = rows(held, account.dims, one.run)
                     gap = squares_of(rows(tensor, account.dims, one.run), exact)
                     account.floors[self.reference.attention].add(gap, len(exact))
+
+    def _is_same_function(self, one: Recording, truth: Trace) -> bool:
+        """Whether the other kernel has in float64 what the one that was asked for has.
+
+        Some families' two kernels are two functions: how far they are apart is no rounding.
+        """
+        if self._other_is_same is None:
+            self._other_is_same = False
+            others = self._in_float64("the reference's other kernel", self.reference, [one])
+            if others is not None:
+                dims = {site: self.ledger.site(site).dims for site in truth}
+                self._other_is_same = not any(
+                    _apart(one, dims[site], truth[site], other, _SAME_KERNEL)
+                    for site, other in others[0].items()
+                )
+            if not self._other_is_same:
+                self._note(
+                    f"the reference's {self.reference.attention} attention is another function "
+                    f"than its {self.distances.kernel}: the floor is of one kernel alone"
+                )
+        return self._other_is_same
 
     def _run_taught(self, one: Recording, caches: dict[str, Any]) -> Trace:
         found: Trace = {}
@@ -213,9 +248,11 @@ def _tables_are_hidden(one: Recording) -> bool:
     return bool(tables) and not one.seen.intersection(tables)
 
 
-def _apart(one: Recording, dims: str, truth: Tensor, port: Tensor) -> bool:
+def _apart(
+    one: Recording, dims: str, truth: Tensor, port: Tensor, most: float = SAME_FUNCTION
+) -> bool:
     """Whether two in float64 are further apart than one function's, at the real tokens."""
     if truth.shape != port.shape or not truth.is_floating_point():
         return False
     ours, theirs = (rows(each, dims, one.run) for each in (port, truth))
-    return float((ours - theirs).norm()) > SAME_FUNCTION * (float(theirs.norm()) or 1.0)
+    return float((ours - theirs).norm()) > most * (float(theirs.norm()) or 1.0)

@@ -57,6 +57,22 @@ class Pass:
             return torch.ones(shape, dtype=torch.bool, device=self.input_ids.device)
         return self.attention_mask[:, -num_tokens:].bool()
 
+    @property
+    def counts_on(self) -> bool:
+        """Whether positions are those that a model would count that is not told of them."""
+        first = self.positions[:, :1]
+        steps = torch.arange(self.num_tokens, device=first.device)
+        starts = self.continues is not None or not bool(first.any())
+        return starts and bool((self.positions == first + steps).all())
+
+    @property
+    def counts_real(self) -> bool:
+        """Whether positions count the real tokens of each row, as a mask tells them."""
+        if self.attention_mask is None:
+            return self.counts_on
+        counted = (self.attention_mask.cumsum(1) - 1)[:, -self.num_tokens :]
+        return bool((self.positions == counted)[self.real].all())
+
     def to(self, device: torch.device) -> Pass:
         """The same pass, its tensors on `device`."""
         mask = self.attention_mask
@@ -185,13 +201,15 @@ def _check(probe: Probe) -> None:
         held[one.name] = batch, past + num_tokens
 
 
-def check_fits(probe: Probe, vocab_size: int, max_position_embeddings: int) -> None:
+def check_fits(probe: Probe, vocab_size: int, max_position_embeddings: int | None) -> None:
     """Raise `ProbeError` where a model has no such token, or was made for fewer positions."""
     for one in probe:
         for values, bound, what in (
             (one.input_ids, vocab_size, "token {} is outside a vocabulary of {}"),
             (one.positions, max_position_embeddings, "position {} is outside a context of {}"),
         ):
+            if bound is None:
+                continue
             beyond = values[(values < 0) | (values >= bound)]
             if len(beyond):
                 said = what.format(int(beyond[0]), bound)

@@ -1,8 +1,8 @@
 """Choosing a probe for a model, and saying what a probe leaves out.
 
-What a model turns on is read from the model: the windows of its caches, the scaling of its rotary
-tables, the end of its context. The default probe exercises all of it in as few tokens as that
-takes; the thorough one in more rows, more lengths, and with the head read at every token.
+What a model turns on are its traits: the windows of its caches, the scaling of its rotary tables,
+the end of its context. The default probe exercises all of it in as few tokens as that takes; the
+thorough one in more rows, more lengths, and with the head read at every token.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from portkit.architecture import CausalLM
 from portkit.errors import ProbeError
-from portkit.nn.cache import ChunkedCache, SlidingCache
-from portkit.nn.rope import RotaryEmbedding
 from portkit.parity.probes.probe import Pass, Probe, chain
 from portkit.parity.result import NotVerified
+from portkit.parity.subject.traits import Traits, traits_of
+
+Subject = Traits | CausalLM
 
 _PLAIN_LENGTH = 64
 """Stands for the window where there is none: from here on the large matrix kernels run."""
@@ -30,16 +31,17 @@ _TRAINED_LENGTH = 136
 class _Tokens:
     """Token ids drawn from a seed, one call after the other."""
 
-    def __init__(self, model: CausalLM, seed: int) -> None:
-        self._vocab_size = model.config.vocab_size
+    def __init__(self, model: Traits, seed: int) -> None:
+        self._vocab_size = model.vocab_size
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, batch: int, count: int) -> Tensor:
         return torch.randint(self._vocab_size, (batch, count), generator=self._generator)
 
 
-def default_probe(model: CausalLM, seed: int = 0) -> Probe:
+def default_probe(subject: Subject, seed: int = 0) -> Probe:
     """Prompts around the window, decoding across it, chunks, padding, far positions."""
+    model = traits_of(subject)
     draw, window = _Tokens(model, seed), _length(model)
     short, long = _within(model, max(2, min(20, window // 2))), _within(model, window + 19)
     passes = [
@@ -49,22 +51,24 @@ def default_probe(model: CausalLM, seed: int = 0) -> Probe:
         *_decoding(draw(1, _within(model, window + 3)), 6, num_logits=2),
         *_chunks(draw(1, _within(model, window + 8)), [window // 2, window + 3], num_logits=2),
         *_padded(draw(2, _within(model, window + 7)), num_logits=2),
-        _far(draw(1, _within(model, 24)), model.config.max_position_embeddings, num_logits=4),
+        *_far(draw(1, _within(model, 24)), model.max_positions, num_logits=4),
     ]
     return Probe("default", tuple(passes), is_complete=True)
 
 
-def quick_probe(model: CausalLM, seed: int = 0) -> Probe:
+def quick_probe(subject: Subject, seed: int = 0) -> Probe:
     """A prompt of twelve tokens in two rows, and two decode steps."""
+    model = traits_of(subject)
     input_ids = _Tokens(model, seed)(2, _within(model, 14))
     return Probe("quick", tuple(_decoding(input_ids, 2)))
 
 
-def thorough_probe(model: CausalLM, seed: int = 0) -> Probe:
+def thorough_probe(subject: Subject, seed: int = 0) -> Probe:
     """The default probe's kinds in more rows and at more lengths, with the logits of every token.
 
     Costs several times as much: of a large vocabulary the head is most of the work.
     """
+    model = traits_of(subject)
     draw, window = _Tokens(model, seed), _length(model)
     half, short = window // 2, _within(model, max(2, window // 2))
     long = _within(model, window + window // 2 + 3)
@@ -75,17 +79,18 @@ def thorough_probe(model: CausalLM, seed: int = 0) -> Probe:
         *_decoding(draw(2, _within(model, window + 5)), 8),
         *_chunks(draw(1, _within(model, half + window + 5)), [half, half + window]),
         *_padded(draw(3, _within(model, long + 2))),
-        _far(draw(1, long), model.config.max_position_embeddings),
+        *_far(draw(1, long), model.max_positions),
     ]
     return Probe("thorough", tuple(passes), is_complete=True)
 
 
-def training_batch(model: CausalLM, seed: int = 0) -> Tensor:
+def training_batch(subject: Subject, seed: int = 0) -> Tensor:
     """Token ids (2, tokens) to differentiate a loss of: beyond the window where that is short.
 
     Raises ProbeError where no token has a successor.
     """
-    if model.config.max_position_embeddings == 1:
+    model = traits_of(subject)
+    if model.max_positions == 1:
         raise ProbeError("a context of 1 token has no next one to predict: leave --backward out")
     return _Tokens(model, seed)(2, _within(model, min(_length(model) + 9, _TRAINED_LENGTH)))
 
@@ -134,33 +139,25 @@ def _padded(input_ids: Tensor, num_logits: int | None = None) -> list[Pass]:
     ]
 
 
-def _far(input_ids: Tensor, context: int, num_logits: int | None = None) -> Pass:
-    """Positions that jump: strides, then the very end of what the model was made for."""
+def _far(input_ids: Tensor, context: int | None, num_logits: int | None = None) -> Iterator[Pass]:
+    """Positions that jump: strides, then the very end of what the model was made for, if known."""
+    if context is None:
+        return
     count = input_ids.shape[1]
     positions = torch.arange(count) * max(1, context // (4 * count))
     tail = min(3, count)
     positions[-tail:] = context - torch.arange(tail, 0, -1)
     # With the mask given, the reference cannot take the jumps for several packed sequences.
     mask = torch.ones_like(input_ids)
-    return Pass("far", input_ids, positions[None], mask, None, num_logits)
+    yield Pass("far", input_ids, positions[None], mask, None, num_logits)
 
 
-def _windows(model: CausalLM) -> list[int]:
-    caches = model.new_cache(1, 1).layers
-    return sorted({one.window for one in caches if isinstance(one, SlidingCache)})
+def _length(model: Traits) -> int:
+    return _within(model, max(model.windows, default=_PLAIN_LENGTH))
 
 
-def _chunk_lengths(model: CausalLM) -> set[int]:
-    caches = model.new_cache(1, 1).layers
-    return {one.window for one in caches if isinstance(one, ChunkedCache)}
-
-
-def _length(model: CausalLM) -> int:
-    return _within(model, max(_windows(model), default=_PLAIN_LENGTH))
-
-
-def _within(model: CausalLM, count: int) -> int:
-    return min(count, model.config.max_position_embeddings)
+def _within(model: Traits, count: int) -> int:
+    return count if model.max_positions is None else min(count, model.max_positions)
 
 
 @dataclass(frozen=True)
@@ -176,24 +173,25 @@ class _Feature:
     """A shorter context has no room for such a pass, and nothing to exercise."""
 
 
-def unexercised(model: CausalLM, probe: Probe) -> tuple[NotVerified, ...]:
+def unexercised(subject: Subject, probe: Probe) -> tuple[NotVerified, ...]:
     """What the model turns on and no pass of the probe exercises, each with what would."""
     return tuple(
         NotVerified(name, f"the {probe.name} probe has no {needs}", probe.is_complete)
-        for name, needs in lacking(model, probe)
+        for name, needs in lacking(subject, probe)
     )
 
 
-def lacking(model: CausalLM, probe: Probe) -> Iterator[tuple[str, str]]:
+def lacking(subject: Subject, probe: Probe) -> Iterator[tuple[str, str]]:
     """The same as names, and what the probe would need for each."""
+    model = traits_of(subject)
     for one in _features(model):
-        if one.least > model.config.max_position_embeddings:
+        if model.max_positions is not None and one.least > model.max_positions:
             continue
         if not any(one.seen(each, probe.past(each)) for each in probe):
             yield one.name, one.needs
 
 
-def _features(model: CausalLM) -> Iterable[_Feature]:
+def _features(model: Traits) -> Iterable[_Feature]:
     yield _Feature("several rows", "pass of several rows", lambda one, _: len(one.input_ids) > 1)
     yield _Feature("left padding", "left-padded row", lambda one, _: not bool(one.real.all()), 2)
     yield _Feature(
@@ -205,21 +203,20 @@ def _features(model: CausalLM) -> Iterable[_Feature]:
         lambda one, past: past > 0 and one.num_tokens > 1,
         3,
     )
-    for window in _windows(model):
+    for window in model.windows:
         yield from _window_features(window)
-    for chunk in _chunk_lengths(model):
+    for chunk in model.chunks:
         first = f"first token of an attention chunk of {chunk}, decoded"
         needs = f"step of one token after a multiple of {chunk}"
         yield _Feature(first, needs, _opening(chunk), chunk + 1)
-    for name, module in model.named_modules():
-        rope = module.rope if isinstance(module, RotaryEmbedding) else None
-        original = rope.original_max_position_embeddings if rope else None
-        if original is not None:
-            scaled = f"{name} beyond {original} positions, where its scaling sets in"
-            needs = f"position from {original} on"
-            yield _Feature(scaled, needs, _reaching(original), original + 1)
-    end = model.config.max_position_embeddings - 1
-    yield _Feature(f"positions up to {end}", "position at the end of the context", _reaching(end))
+    for name, original in model.scaled.items():
+        scaled = f"{name} beyond {original} positions, where its scaling sets in"
+        needs = f"position from {original} on"
+        yield _Feature(scaled, needs, _reaching(original), original + 1)
+    if model.max_positions is not None:
+        end = model.max_positions - 1
+        at_end = "position at the end of the context"
+        yield _Feature(f"positions up to {end}", at_end, _reaching(end))
 
 
 def _reaching(position: int) -> Callable[[Pass, int], bool]:

@@ -21,6 +21,7 @@ from torch import nn
 from portkit.errors import PortError
 from portkit.parity.judging.precision import ran_out_of_memory
 from portkit.parity.sides.calling import said
+from portkit.parity.sides.compiled import reachable
 from portkit.parity.sides.pairs import near
 
 Factory = Callable[[Path, torch.dtype, torch.device], Callable[..., Any]]
@@ -32,8 +33,14 @@ class Made:
 
     call: Callable[..., Any]
     sites: str
-    """The table of site pairs that the factory brings as its attribute `sites`, or nothing."""
+    """The table of site pairs that the factory, or what it makes, has as its attribute `sites`."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Those that can be watched; none of what is no module."""
+        model = self.call if isinstance(self.call, nn.Module) else getattr(self.call, "__self__", 0)
+        return reachable(model) if isinstance(model, nn.Module) else {}
 
 
 def find(spec: str) -> Factory:
@@ -72,7 +79,8 @@ def make(
         if call.training:
             call.eval()
             notes = (f"{origin} returned a model in training mode; it was compared in evaluation",)
-    return Made(call, str(getattr(factory, "sites", "")), notes)
+    sites = getattr(factory, "sites", None) or getattr(call, "sites", "")
+    return Made(call, sites if isinstance(sites, str) else "", notes)
 
 
 def _check_dtype(model: nn.Module, origin: str, dtype: torch.dtype) -> None:

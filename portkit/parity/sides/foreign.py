@@ -21,11 +21,19 @@ from portkit.parity.judging.precision import ran_out_of_memory
 from portkit.parity.probes.probe import Pass
 from portkit.parity.sides.calling import PAST, Answer, calling, is_harness, said
 from portkit.parity.sides.compiled import reachable
+from portkit.parity.sides.experts import plain_experts
 from portkit.parity.sides.keeping import Kept, KeptState
 from portkit.parity.sides.pairs import Paired, SitePairs, near
 from portkit.parity.sides.points import listening
-from portkit.parity.sides.roles import Roles, Visit
-from portkit.parity.sides.sites import AGAIN, CannotRun, SiteTable, parameters_of
+from portkit.parity.sides.roles import Roles, Visit, visit_value
+from portkit.parity.sides.routing import routing_as, routing_of, visit_routing
+from portkit.parity.sides.sites import (
+    AGAIN,
+    CannotRun,
+    SiteTable,
+    watch_tables_of,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class ForeignSide:
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
         """Raises `CannotRun` where it refuses the pass, `PortError` where it breaks its word."""
         before = self._before(one, caches)
-        if not self._calling.takes("positions") and not _counts_on(one):
+        if not self._calling.takes("positions") and not one.counts_on:
             raise CannotRun("it takes no positions")
         if not self._calling.takes("attention_mask") and not bool(one.real.all()):
             raise CannotRun("it takes no attention_mask")
@@ -166,26 +174,32 @@ class ForeignSide:
         if note not in self.notes:
             self.notes.append(note)
 
+    @property
+    def device(self) -> torch.device:
+        held = None if self.model is None else next(self.model.parameters(), None)
+        return torch.device("cpu") if held is None else held.device
+
+    def points_of(self, name: str) -> bool:
+        return False
+
     def module_sites(self) -> Mapping[str, nn.Module]:
         """Those that are called as the reference's are; the others are watched by themselves."""
         plain = ((pair.sites[0], module) for module, pair in self._paired if pair.is_plain)
         return {site: module for site, module in plain if site is not None}
 
     def visit_output(self, name: str, output: Any, visit: Visit) -> Any:
-        """Visit the first tensor of what a module returns; what has none is left alone."""
-        if isinstance(output, Tensor):
-            return visit(name, output)
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            seen = (visit(name, output[0]), *output[1:])
-            return type(output)(*seen) if hasattr(output, "_fields") else seen
-        return output
+        """A router's parts by what they are; of anything else each tensor."""
+        routing = routing_of(output)
+        if routing is None:
+            return visit_value(name, output, visit)
+        return routing_as(output, visit_routing(name, visit, routing), routing)
 
     def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:
-        held = parameters_of(self)
+        held = weights_of(self)
         return {name: held[name] for name in names if name in held}
 
     def plain_experts(self) -> Any:
-        return nullcontext()
+        return plain_experts(self.model)
 
     @contextmanager
     def watch_attention(self, visit: Visit) -> Iterator[None]:
@@ -286,24 +300,17 @@ class ForeignSide:
         )
 
     def table_modules(self) -> Mapping[str, nn.Module]:
-        return {}
+        plain = self.module_sites()
+        return {name: one for name, one in plain.items() if self._around.table.has_tables(name)}
 
     def watch_tables(self, visit: Visit) -> Any:
-        return nullcontext()
+        return watch_tables_of(self.table_modules(), visit)
 
     def kernels(self) -> Mapping[str, Callable[..., Any]]:
         return {}
 
     def other_kernel(self) -> Any:
         return nullcontext()
-
-
-def _counts_on(one: Pass) -> bool:
-    """Positions as a model that is not told of them would count."""
-    first = one.positions[:, :1]
-    steps = torch.arange(one.num_tokens, device=first.device)
-    starts = one.continues is not None or not bool(first.any())
-    return starts and bool((one.positions == first + steps).all())
 
 
 def _numbered(visit: Visit) -> Visit:

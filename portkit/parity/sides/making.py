@@ -1,7 +1,8 @@
 """From words to sides: who stands in the port's place, and who in the reference's.
 
-Ours against Transformers where nothing else is said; a factory of the user's in either place. Knows
-how each is made of a checkpoint; a recorded trace is no side, and is turned away here.
+Ours against Transformers where nothing else is said; a factory of the user's in either place. The
+reference comes first: what it is, and which sites it has, is found out by running it. A recorded
+trace is no side, and is turned away here.
 """
 
 from __future__ import annotations
@@ -9,27 +10,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from portkit.architecture import CausalLM
-from portkit.errors import PortError
-from portkit.loading import Blueprint, materialize, resolve_device
-from portkit.parity.question import Question
-from portkit.parity.reference import load_reference
+from portkit.checkpoint import CONFIG, Checkpoint
+from portkit.errors import PortError, UnsupportedConfig
+from portkit.loading import Blueprint, draw, materialize, resolve_device
+from portkit.parity.question import Question, check_layers
+from portkit.parity.reference import Reference, load_reference
 from portkit.parity.sides import factories
-from portkit.parity.sides.factories import Factory
+from portkit.parity.sides.factories import Factory, Made
 from portkit.parity.sides.foreign import ForeignSide, Surroundings
 from portkit.parity.sides.pairs import SitePairs
-from portkit.parity.sides.sites import PortSide, Side, SiteTable
+from portkit.parity.sides.sites import EVERYTHING, CannotRun, PortSide, Side, SiteTable
+from portkit.parity.subject.discovery import discover
+from portkit.parity.subject.traits import Traits, traits_of, traits_of_config
+from portkit.registry import architecture_of
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Both sides of one comparison, and what was done to have them."""
+    """Both sides of one comparison, what they are compared at, and what was done to have them."""
 
     port: Side
     reference: Side
+    table: SiteTable
+    """The sites that the one who names them shows: the reference, or our port where that is
+    foreign."""
+    traits: Traits
+    blueprint: Blueprint | None
+    """Of our port; None where another stands in its place."""
     notes: Callable[[], tuple[str, ...]]
     """To be asked afterwards: a foreign side adds to its own while it runs."""
 
@@ -39,54 +51,131 @@ class Sides:
         return not (self.port.is_partial or self.reference.is_partial)
 
 
-def make_sides(question: Question, blueprint: Blueprint, dtype: torch.dtype, length: int) -> Sides:
-    """Load both sides. `length`: how many tokens our caches are made for.
+class _Making:
+    """Makes the sides of one question in one dtype."""
 
-    The blueprint's skeleton becomes our port, where ours is the port.
-    """
-    # What is read lies in one folder, a repository's in the Hub's cache.
-    folder = blueprint.checkpoint.files.path("config.json").parent
-    notes: list[Callable[[], tuple[str, ...]]] = []
-    around = Surroundings(
-        SiteTable(blueprint.architecture.sites),
-        dict(blueprint.skeleton.named_modules()),
-        blueprint.config.vocab_size,
-    )
+    def __init__(self, question: Question, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._question, self._checkpoint, self._dtype = question, checkpoint, dtype
+        # What is read lies in one folder, a repository's in the Hub's cache.
+        self._folder = checkpoint.files.path(CONFIG).parent
+        self._notes: list[Callable[[], tuple[str, ...]]] = []
 
-    def foreign(given: str | Factory, pairs: str | None) -> Side:
-        for file in blueprint.checkpoint.weight_files:
-            blueprint.checkpoint.files.path(file)  # a repository's are fetched
+    def sides(self) -> Sides:
+        question = self._question
+        blueprint = self._drawn() if question.port is None else None
+        if question.reference is not None:
+            return self._beside_foreign(question.reference, blueprint)
+        reference = self._transformers()
+        traits = traits_of(reference.model)
+        check_layers(question, traits.num_layers)
+        table = _discovered(reference, traits)
+        if blueprint is not None:
+            port: Side = self._ours(blueprint)
+            return self._found((port, reference), table.shown_by(port), traits, blueprint)
+        assert question.port is not None, "else there is a blueprint"
+        around = Surroundings(table, reference.module_sites(), traits.vocab_size)
+        port = self._foreign(question.port, question.sites, around)
+        return self._found((port, reference), table, traits, None)
+
+    def _beside_foreign(self, given: str | Factory, blueprint: Blueprint | None) -> Sides:
+        """Sites go by our port's names where there is one, else by the reference's own."""
+        question = self._question
+        if isinstance(given, str) and Path(given).is_file():
+            raise PortError(
+                f"{given} is a file: give module:factory, or a .safetensors recording to portkit "
+                "parity --golden"
+            )
+        if blueprint is not None:
+            traits = traits_of(blueprint.skeleton)
+            check_layers(question, traits.num_layers)
+            port = self._ours(blueprint)
+            table = _discovered(port, traits)
+            around = Surroundings(table, port.module_sites(), traits.vocab_size)
+            reference = self._foreign(given, question.sites, around)
+            return self._found((port, reference), table, traits, blueprint)
+        assert question.port is not None, "else there is a blueprint"
+        raw = self._checkpoint.config
+        traits = traits_of_config(SimpleNamespace(**{**raw, **raw.get("text_config", {})}))
+        check_layers(question, traits.num_layers)
+        made = self._made(given)
+        everywhere = Surroundings(EVERYTHING, made.modules, traits.vocab_size)
+        table = _discovered(self._side(made, given, "", everywhere), traits)
+        around = Surroundings(table, made.modules, traits.vocab_size)
+        reference = self._side(made, given, "", around)
+        foreign = self._foreign(question.port, question.sites, around)
+        return self._found((foreign, reference), table, traits, None)
+
+    def _found(
+        self,
+        pair: tuple[Side, Side],
+        table: SiteTable,
+        traits: Traits,
+        blueprint: Blueprint | None,
+    ) -> Sides:
+        def notes() -> tuple[str, ...]:
+            return tuple(note for each in self._notes for note in each())
+
+        return Sides(*pair, table.of_layers(self._question.layers), traits, blueprint, notes)
+
+    def _drawn(self) -> Blueprint:
+        """Our port of the family on the meta device; says the way out where there is none."""
+        question = self._question
+        try:
+            architecture_of(self._checkpoint.config)
+        except UnsupportedConfig as error:
+            raise UnsupportedConfig(f"{error}; another one's port is given by --port") from error
+        return draw(self._checkpoint, question.attention, question.ignore_config)
+
+    def _ours(self, blueprint: Blueprint) -> PortSide:
+        word = str(self._dtype).removeprefix("torch.")
+        loaded = materialize(blueprint, word, self._question.device)
+        self._notes.append(lambda: loaded.report.notes)
+        return PortSide(loaded.model)
+
+    def _transformers(self) -> Reference:
+        question = self._question
+        attention = question.reference_attention or question.attention
+        self._fetch_weights()
+        found = load_reference(self._folder, self._dtype, attention, question.device)
+        self._notes.append(lambda: found.notes)
+        return found
+
+    def _foreign(self, given: str | Factory, pairs: str | None, around: Surroundings) -> Side:
+        return self._side(self._made(given), given, pairs, around)
+
+    def _made(self, given: str | Factory) -> Made:
+        self._fetch_weights()
         factory = factories.find(given) if isinstance(given, str) else given
-        origin = given if isinstance(given, str) else getattr(given, "__name__", "the port")
-        made = factories.make(factory, origin, folder, dtype, resolve_device(question.device))
+        device = resolve_device(self._question.device)
+        return factories.make(factory, _origin(given), self._folder, self._dtype, device)
+
+    def _side(
+        self, made: Made, given: str | Factory, pairs: str | None, around: Surroundings
+    ) -> Side:
+        self._notes.append(lambda: made.notes)
         if isinstance(made.call, CausalLM):  # one of ours that somebody has changed
-            notes.append(lambda: made.notes)
-            return PortSide(made.call, length, is_partial=True)
+            return PortSide(made.call, is_partial=True)
         table = SitePairs(made.sites if pairs is None else pairs)
-        side = ForeignSide(made.call, dtype, table, around, origin)
-        notes.append(lambda: (*made.notes, *side.notes))
+        side = ForeignSide(made.call, self._dtype, table, around, _origin(given))
+        self._notes.append(lambda: tuple(side.notes))
         return side
 
-    port: Side
-    if question.port is not None:
-        port = foreign(question.port, question.sites)
-    else:
-        word = str(dtype).removeprefix("torch.")
-        loaded = materialize(blueprint, word, question.device)
-        port = PortSide(loaded.model, length)
-        notes.append(lambda: loaded.report.notes)
-    reference: Side
-    if question.reference is not None:
-        if isinstance(question.reference, str) and Path(question.reference).is_file():
-            raise PortError(
-                f"{question.reference} is a file: give module:factory, or a .safetensors recording "
-                "to portkit parity --golden"
-            )
-        alone = question.port is None
-        reference = foreign(question.reference, question.sites if alone else None)
-    else:
-        attention = question.reference_attention or question.attention
-        loaded_reference = load_reference(folder, dtype, attention, question.device)
-        reference = loaded_reference
-        notes.append(lambda: loaded_reference.notes)
-    return Sides(port, reference, lambda: tuple(note for each in notes for note in each()))
+    def _fetch_weights(self) -> None:
+        for file in self._checkpoint.weight_files:
+            self._checkpoint.files.path(file)  # a repository's are fetched
+
+
+def make_sides(question: Question, checkpoint: Checkpoint, dtype: torch.dtype) -> Sides:
+    """Load both sides, and find out what they are compared at. Raises a `PortkitError`."""
+    return _Making(question, checkpoint, dtype).sides()
+
+
+def _discovered(side: Side, traits: Traits) -> SiteTable:
+    try:
+        return discover(side, traits)
+    except CannotRun as error:
+        raise PortError(f"nothing was compared: the reference does not run: {error}") from error
+
+
+def _origin(given: str | Factory) -> str:
+    return given if isinstance(given, str) else getattr(given, "__name__", "the port")

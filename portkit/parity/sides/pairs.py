@@ -119,7 +119,7 @@ class SitePairs:
                     raise SiteError(f"site pairs: two lines name {name}: {rule.line!r} is one")
                 found[name] = Paired(sites, rule.dims, rule.by_output)
         for name in modules:
-            if name not in found and name not in taken and name in known and table.dims(name):
+            if name and name in known and name not in found and name not in taken:
                 found[name] = Paired((name,))
         return found
 
@@ -161,6 +161,8 @@ def _filled(rule: _Rule, bindings: Mapping[str, str]) -> tuple[str | None, ...]:
 
 def _check_site(rule: _Rule, site: str, table: SiteTable, known: Collection[str]) -> None:
     dims = table.dims(site)
+    if dims is None and site in known and rule.dims is None:
+        return  # rotary tables are sites of another name; of what never runs there are parameters
     base = site.partition("#")[0]
     if dims is None or ":" in site or base not in known:
         raise SiteError(

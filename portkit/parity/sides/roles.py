@@ -7,7 +7,7 @@ Knows Python's signatures and no model. A method that a family declares as a poi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -38,7 +38,10 @@ class Roles:
     def __init__(self, module: nn.Module, method: str = "forward") -> None:
         own = vars(module).get(method)
         of_class = getattr(type(module), method)
-        self._names = _positional(of_class)[1:] if own is None else _positional(own)
+        try:
+            self._names = _positional(of_class)[1:] if own is None else _positional(own)
+        except (TypeError, ValueError):  # something built in
+            self._names = ()
 
     def visit(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], visit: Visit
@@ -55,7 +58,7 @@ class Roles:
                 new = visit_tables(value, lambda role, table: visit(f".{role}", table))
             elif isinstance(value, ByChoice):
                 new, first = visit_choices("", visit, value), False
-            elif isinstance(value, Tensor) and value.is_floating_point():
+            elif isinstance(value, Tensor) and value.is_floating_point() and "mask" not in key:
                 role = "" if first and key not in {"cos", "sin"} else f".{key}"
                 new, first = visit(role, value), first and role != ""
             if key in kwargs:
@@ -63,6 +66,32 @@ class Roles:
             else:
                 named[key] = new
         return tuple(named.values()), kwargs
+
+
+def visit_value(name: str, value: Any, visit: Visit) -> Any:
+    """Visit the tensors of what a module or a method returns; whatever else is there stays.
+
+    The first has the module's own name; another one of a tuple is `…:out.1`, by its number, and of
+    an output object `…:out.attentions`, by its field.
+    """
+    first = True
+
+    def seen(path: str, each: Any) -> Any:
+        nonlocal first
+        if isinstance(each, Tensor):
+            site, first = name if first else f"{name}:out{path}", False
+            return visit(site, each)
+        if type(each) in (tuple, list):
+            return type(each)(seen(f"{path}.{n}", one) for n, one in enumerate(each))
+        return each
+
+    if isinstance(value, Mapping):  # an output object: a field may be set, and no other is known
+        for field, each in list(value.items()):
+            new = seen(f".{field}", each)
+            if new is not each:
+                value[field] = new  # type: ignore[index]  # a mapping that can be written to
+        return value
+    return seen("", value)
 
 
 def visit_choices(name: str, visit: Visit, chosen: ByChoice) -> ByChoice:
@@ -82,9 +111,11 @@ def visit_tables(tables: Any, visit: Visit) -> Any:
 
 
 def public_methods(module: nn.Module) -> Iterator[str]:
-    """What a module's class defines beside `forward`."""
+    """What a module's class defines beside `forward`; torch's own are no model's."""
+    if type(module).__module__.startswith("torch."):
+        return
     for name, value in vars(type(module)).items():
-        if callable(value) and name != "forward" and not name.startswith("_"):
+        if inspect.isfunction(value) and name != "forward" and not name.startswith("_"):
             yield name
 
 
@@ -97,7 +128,7 @@ def method_watched(name: str, module: nn.Module, method: str, visit: Visit) -> I
         args, kwargs = roles.visit(
             args, kwargs, lambda role, tensor: visit(f"{site}:in{role}", tensor)
         )
-        return visit(site, call(*args, **kwargs))
+        return visit_value(site, call(*args, **kwargs), visit)
 
     before = vars(module).get(method)  # somebody may have given this module one of its own
     setattr(module, method, watched)

@@ -11,6 +11,7 @@ functional point (`model.layers.3.self_attn#query`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count
@@ -19,10 +20,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from portkit.architecture import CausalLM, Site
+from portkit.architecture import CausalLM
 from portkit.nn.moe import ByChoice, Routing
 from portkit.nn.rope import RotaryEmbedding
 from portkit.parity.probes.probe import Pass
+from portkit.parity.sides.attention import QKV, visit_inputs
 from portkit.parity.sides.compiled import reachable
 from portkit.parity.sides.roles import (
     Roles,
@@ -31,13 +33,27 @@ from portkit.parity.sides.roles import (
     public_methods,
     visit_choices,
     visit_tables,
+    visit_value,
 )
-from portkit.weights import Template
+from portkit.parity.sides.routing import visit_routing
 
-QKV = ("query", "key", "value")
 AGAIN = "@"
 """`…router_norm@2` is the second call of a module in one pass, in order of execution."""
-EXPERTS = "#experts"
+LOGITS = "#logits"
+"""The site that every model has: what it returns."""
+_HEADS = "batch head position channel"
+POINTS = {
+    **dict.fromkeys(QKV, _HEADS),
+    "mask": "batch one query key",
+    "context": "batch position head channel",
+    "experts": "batch position expert",
+}
+"""Functional points and their dimensions, which are the interface's and no model's."""
+_TABLES = ("cos", "sin")
+ROTARY = "rotary_emb"
+"""What the module that makes rotary tables is called."""
+_KERNEL = ".attend"
+"""Our models' attention kernel, a module of its own."""
 
 
 class CannotRun(Exception):
@@ -63,6 +79,14 @@ class Watched(Protocol):
         """A context in which the rotary tables are visited."""
         ...
 
+    def table_modules(self) -> Mapping[str, nn.Module]:
+        """The modules that make the rotary tables, which depend on positions alone."""
+        ...
+
+    def points_of(self, name: str) -> bool:
+        """Whether a module is no site of its own: its functional points are."""
+        ...
+
 
 class Side(Watched, Protocol):
     """A model that can be run and watched, as the port or as the reference."""
@@ -75,6 +99,11 @@ class Side(Watched, Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """What its activations are in."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is run, and where its passes have to be."""
         ...
 
     @property
@@ -103,10 +132,6 @@ class Side(Watched, Protocol):
         """A context in which experts run in the form that takes float64."""
         ...
 
-    def table_modules(self) -> Mapping[str, nn.Module]:
-        """The modules that make the rotary tables, which depend on positions alone."""
-        ...
-
     def kernels(self) -> Mapping[str, Callable[..., Any]]:
         """Its own attention kernels: (module, query, key, value, mask, …) each."""
         ...
@@ -125,59 +150,107 @@ def parameters_of(side: Watched) -> dict[str, nn.Parameter]:
     }
 
 
-class SiteTable:
-    """The sites that a family declares: which names are observed, and what their dimensions are.
+def weights_of(side: Watched) -> dict[str, Tensor]:
+    """Its parameters, and buffers that are stored like them, as a router's correction bias."""
+    stored = {
+        f"{name}.{own}": buffer
+        for name, module in side.module_sites().items()
+        for own, buffer in module.named_buffers(recurse=False)
+        if own not in module._non_persistent_buffers_set
+    }
+    return {**parameters_of(side), **stored}
 
-    `layers` keeps to the sites of some layers.
+
+class SiteTable:
+    """The sites of a subject: which names are observed, and what their dimensions are.
+
+    `dims` by name, in order of execution.
     """
 
-    def __init__(self, sites: Iterable[Site], layers: range | None = None) -> None:
-        self._templates = [(Template(site.name), site) for site in sites]
-        points = {template.text.partition("#")[2] for template, _ in self._templates}
-        self._points = [Template(point) for point in points if point]
-        self._words: dict[str, bool] = {}
-        self._layers = layers
-        self._known: dict[str, str | None] = {}
+    def __init__(self, dims: Mapping[str, str]) -> None:
+        self._dims = {**dims, LOGITS: "batch position vocabulary"}
+        self._points = {name.partition(":")[0].partition("#")[2] for name in dims if "#" in name}
+
+    def __len__(self) -> int:
+        return len(self._dims)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The templates that are declared."""
-        return tuple(template.text for template, _ in self._templates)
+        """All sites, in order of execution."""
+        return tuple(self._dims)
 
     def dims(self, name: str) -> str | None:
-        """The dimensions of a site, None where it is not declared or not among the layers.
+        """The dimensions of a site; None where there is none.
 
         A module called again in a pass has those of its first call.
         """
-        if name not in self._known:
+        if AGAIN in name:
             base, _, role = name.partition(":")
-            base = base.partition(AGAIN)[0]
-            site = next(filter(None, (self._match(*one, base) for one in self._templates)), None)
-            dims = None if site is None else site.dims
-            if site is not None and role == "in":
-                dims = site.inputs or (site.dims if "norm" in base else "batch position channel")
-            elif site is not None and role:
-                dims = self._dims_of_role(site, role.removeprefix("in."))
-            self._known[name] = dims
-        return self._known[name]
+            name = base.partition(AGAIN)[0] + (f":{role}" if role else "")
+        return self._dims.get(name)
+
+    def has_tables(self, module: str) -> bool:
+        """Whether a module makes rotary tables, which are sites of what it stands in."""
+        place = tables_of(module, "cos")
+        return module.endswith(ROTARY) and any(name.startswith(place) for name in self._dims)
 
     def is_point(self, word: str) -> bool:
         """Whether some functional point is called so."""
-        if word not in self._words:
-            self._words[word] = any(one.match(word) is not None for one in self._points)
-        return self._words[word]
+        return word in self._points
 
-    def _dims_of_role(self, site: Site, role: str) -> str | None:
-        is_table = role in {"cos", "sin"}
-        return "batch position channel" if is_table or role in site.given else None
+    def of_layers(self, layers: range | None) -> SiteTable:
+        """The sites within some layers; None: all."""
+        if layers is None:
+            return self
+        return self._only(lambda name: layer_of(name) in layers)
 
-    def _match(self, template: Template, site: Site, name: str) -> Site | None:
-        places = template.match(name)
-        if places is None:
-            return None
-        if self._layers is not None and int(places.get("layer", -1)) not in self._layers:
-            return None
-        return site
+    def shown_by(self, side: Watched) -> SiteTable:
+        """The sites at which `side` can be watched too: of modules and methods that it has.
+
+        Points that it makes itself, as attention's, are left to it.
+        """
+        modules = side.module_sites()
+
+        def is_shown(name: str) -> bool:
+            base, _, point = name.partition(":")[0].partition("#")
+            if not point or point.partition(".")[0] in {*POINTS, *_TABLES}:
+                return bool(point) or base in modules
+            return base in modules and point in public_methods(modules[base])
+
+        return self._only(lambda name: name == LOGITS or is_shown(name))
+
+    def _only(self, holds: Callable[[str], bool]) -> SiteTable:
+        found = SiteTable({})
+        found._dims = {name: dims for name, dims in self._dims.items() if holds(name)}
+        found._points = self._points
+        return found
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a site or a module is in: the first number in its name."""
+    number = next((part for part in re.split(r"[.#:]", name) if part.isdigit()), None)
+    return None if number is None else int(number)
+
+
+def tables_of(module: str, role: str) -> str:
+    """`model.rotary_emb` and `cos` to `model#cos`."""
+    return f"{module.removesuffix(ROTARY).removesuffix('.')}#{role}"
+
+
+class _Everything(SiteTable):
+    """Has every name, and knows no dimensions: to find out which there are."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def dims(self, name: str) -> str | None:
+        return ""
+
+    def is_point(self, word: str) -> bool:
+        return True
+
+
+EVERYTHING = _Everything()
 
 
 @contextmanager
@@ -188,7 +261,10 @@ def watching(side: Watched, table: SiteTable, visit: Visit) -> Iterator[None]:
         return visit(name, tensor) if table.dims(name) is not None else tensor
 
     with ExitStack() as stack:
+        tables = side.table_modules()
         for name, module in side.module_sites().items():
+            if not name or name in tables or side.points_of(name):
+                continue
             if table.dims(name) is not None:
                 for handle in _hooks(side, name, module, declared):
                     stack.callback(handle.remove)
@@ -219,72 +295,19 @@ def _hooks(side: Watched, name: str, module: nn.Module, visit: Visit) -> list[An
     ]
 
 
-def visible(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """The effective boolean mask (batch or 1, 1, queries, keys), whatever form a kernel was given.
-
-    None is causal. A floating mask is added to the scores: zero is visible.
-    """
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    if mask is None:
-        ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-        return ones.tril(num_keys - num_queries)[None, None]
-    if mask.dtype != torch.bool:
-        mask = mask == 0
-    return mask
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as the eager kernel wants it: zero where visible, else the dtype's lowest."""
-    lowest = torch.finfo(dtype).min
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, lowest)
-
-
-def visit_inputs(
-    name: str, visit: Visit, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Visit a kernel's inputs. A mask that the visitor leaves as it is keeps its form."""
-    effective = visible(mask, query, key)
-    seen = visit(f"{name}#mask", effective)
-    query, key, value = (
-        visit(f"{name}#{role}", one) for role, one in zip(QKV, (query, key, value), strict=True)
-    )
-    if seen is not effective and not (
-        seen.shape[2:] == effective.shape[2:] and bool((seen == effective).all())
-    ):
-        mask = seen
-    return query, key, value, mask
-
-
-def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
-    """Visit a router's logits, under its own name, and then its choice, under its block's.
-
-    The choice is always the weights of all experts, zero where not chosen, whatever form a router
-    gives it in. One that the visitor leaves as it is keeps its form.
-    """
-    logits = visit(router, routing.logits)
-    weights, experts = routing.weights, routing.experts
-    effective = routing.scores
-    seen = visit(choice_of(router), effective)
-    if seen is not effective:
-        most = int((seen != 0).sum(-1).max())
-        weights, experts = seen.topk(max(1, most))
-    return Routing(logits, weights, experts)
-
-
-def choice_of(router: str) -> str:
-    """`model.layers.0.mlp.gate` to `model.layers.0.mlp#experts`."""
-    return router.rpartition(".")[0] + EXPERTS
+SHORT = 16
+"""Tokens that a model is run for to find out its sites, and some more."""
 
 
 class PortSide:
-    """Our own model. `length`: how many tokens its caches are made for.
+    """Our own model. `length`: how many tokens its caches are made for, at the least.
 
     `is_partial`: somebody has changed it, fused or compiled, and what it lacks is not amiss.
     """
 
     attention = "port"
 
-    def __init__(self, model: CausalLM, length: int, is_partial: bool = False) -> None:
+    def __init__(self, model: CausalLM, length: int = SHORT, is_partial: bool = False) -> None:
         self.model, self.length, self.is_partial = model, length, is_partial
         self._modules = reachable(model)
 
@@ -292,10 +315,16 @@ class PortSide:
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
         batch = len(one.input_ids)
-        cache = caches.pop(one.continues or "", None) or self.model.new_cache(batch, self.length)
+        cache = caches.pop(one.continues or "", None)
+        if cache is None:
+            cache = self.model.new_cache(batch, max(self.length, one.num_tokens))
         hidden = self.model.hidden_states(one.input_ids, one.positions, cache, one.attention_mask)
         cache.advance(one.num_tokens)
         caches[one.name] = cache
@@ -314,10 +343,10 @@ class PortSide:
             return visit_routing(name, visit, output)
         if isinstance(output, ByChoice):
             return visit_choices(name, visit, output)
-        return visit(name, output)
+        return visit_value(name, output, visit)
 
     def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:
-        held = parameters_of(self)
+        held = weights_of(self)
         return {name: held[name] for name in names if name in held}
 
     def plain_experts(self) -> Any:
@@ -327,20 +356,23 @@ class PortSide:
     def watch_attention(self, visit: Visit) -> Iterator[None]:
         with ExitStack() as stack:
             for path, module in self._modules.items():
-                if path.endswith(".attend"):
-                    name = path.removesuffix(".attend")
+                if path.endswith(_KERNEL):
+                    name = path.removesuffix(_KERNEL)
                     for handle in self._kernel_hooks(name, module, visit):
                         stack.callback(handle.remove)
             yield
 
     def _kernel_hooks(self, name: str, kernel: nn.Module, visit: Visit) -> list[Any]:
         def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            return visit_inputs(name, visit, *args)
+            return visit_inputs(name, visit, args[:3], args[3])
 
         def after(_: nn.Module, __: tuple[Any, ...], context: Tensor) -> Tensor:
             return visit(f"{name}#context", context)
 
         return [kernel.register_forward_pre_hook(before), kernel.register_forward_hook(after)]
+
+    def points_of(self, name: str) -> bool:
+        return name.endswith(_KERNEL)
 
     def table_modules(self) -> Mapping[str, nn.Module]:
         return {n: m for n, m in self._modules.items() if isinstance(m, RotaryEmbedding)}
@@ -359,6 +391,28 @@ class PortSide:
 
     def other_kernel(self) -> Any:
         return nullcontext()
+
+
+@contextmanager
+def watch_tables_of(modules: Mapping[str, nn.Module], visit: Visit) -> Iterator[None]:
+    """Have rotary tables visited, by layer type where a module is told of one at its call."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_hook(_tables_told(name, visit), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _tables_told(name: str, visit: Visit) -> Callable[..., Any]:
+    def after(_: nn.Module, args: Any, kwargs: dict[str, Any], tables: Any) -> Any:
+        kinds = [one for one in (*args, *kwargs.values()) if isinstance(one, str)]
+        suffix = f".{kinds[0]}" if kinds else ""
+        is_pair = isinstance(tables, tuple) and len(tables) == 2
+        if not is_pair and not (isinstance(tables, Tensor) and tables.is_complex()):
+            return visit_value(name, tables, visit)
+        return visit_tables(tables, lambda role, one: visit(tables_of(name, role) + suffix, one))
+
+    return after
 
 
 def _table_hook(prefix: str, suffix: str, visit: Visit) -> Callable[..., Any]:

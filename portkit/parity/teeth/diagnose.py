@@ -23,8 +23,8 @@ from portkit.parity.faults.needs import Feeding
 from portkit.parity.faults.observing import candidates
 from portkit.parity.faults.recipe import Cookbook, Recipe
 from portkit.parity.faults.scene import Facts, Scene, Scenes, in_layer, layer_of, template
-from portkit.parity.faults.wiring import PARAMETER
 from portkit.parity.judging.judge import Judgement, Verdict
+from portkit.parity.judging.ledger import PARAMETER
 from portkit.parity.judging.local import Trace
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.reference import Reference

@@ -23,21 +23,14 @@ from portkit.parity.faults.observing import candidates
 from portkit.parity.faults.recipe import Cookbook, Recipe
 from portkit.parity.faults.rotary import Rotation, Tables
 from portkit.parity.faults.scene import Facts, Scene, Scenes, representatives
-from portkit.parity.faults.wiring import PARAMETER
 from portkit.parity.judging.judge import FLOOR_FACTOR, SAME_FUNCTION, Verdict, judge
-from portkit.parity.judging.ledger import (
-    LOGITS,
-    PassRecord,
-    SiteAccount,
-    rows,
-    same_shape,
-    squares_of,
-)
+from portkit.parity.judging.ledger import PARAMETER, PassRecord, SiteAccount, squares_of
 from portkit.parity.judging.local import Trace, recorder
 from portkit.parity.judging.precision import casts_lifted
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.reference import Reference
-from portkit.parity.sides.sites import SiteTable, watching
+from portkit.parity.sides.sites import LOGITS, SiteTable, watching
+from portkit.parity.subject.dims import rows, same_shape
 
 AS_LOADED = "as loaded"
 _ROWS = 512
@@ -153,7 +146,7 @@ class KillMatrix:
         return recipe.run(scene, site) if site not in scene.trace else scene.at(site)
 
     def _dims(self, site: str) -> str:
-        dims = self.facts.table.dims("lm_head" if site == LOGITS else site)
+        dims = self.facts.table.dims(site)
         assert dims is not None, f"{site} is declared"
         return dims
 

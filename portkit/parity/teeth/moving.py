@@ -22,12 +22,12 @@ from portkit.loading import Blueprint, skeleton_of
 from portkit.nn.cache import Cache
 from portkit.nn.rope import RotaryEmbedding
 from portkit.parity.judging.judge import SAME_FUNCTION
-from portkit.parity.judging.ledger import LOGITS, by_token, rows, same_shape
 from portkit.parity.judging.local import Trace, fitted
 from portkit.parity.judging.precision import casts_lifted, held_in_float64, ran_out_of_memory
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.probes.probing import lacking
-from portkit.parity.sides.sites import PortSide, SiteTable, watching
+from portkit.parity.sides.sites import LOGITS, PortSide, SiteTable, watching
+from portkit.parity.subject.dims import by_token, rows, same_shape
 from portkit.parity.teeth.neighbours import Move, Neighbour, moves
 from portkit.parity.teeth.sensitivity import LOADING, NO_ANGLE, UNREAD, Sensitivity
 from portkit.parity.teeth.twins import Noting, Shelf, built_otherwise, stand_in, twin_of
@@ -199,7 +199,7 @@ class ConfigMoves:
         return torch.equal(*(rows(each, dims, one) for each in (ours, theirs)))
 
     def _dims(self, site: str) -> str:
-        dims = self._table.dims("lm_head" if site == LOGITS else site)
+        dims = self._table.dims(site)
         assert dims is not None, f"{site} is declared"
         return dims
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from portkit.parity.faults.recipe import Recipe
 from portkit.parity.faults.scene import Scene
-from portkit.parity.judging.ledger import LOGITS, picked, rows, same_shape
+from portkit.parity.judging.ledger import picked
 from portkit.parity.judging.precision import casts_lifted
+from portkit.parity.subject.dims import rows, same_shape
 
 EXPLAINED = 0.9
 """The share of the difference that a cause takes away, at the least."""
@@ -52,7 +53,7 @@ class Trying:
     _total: float | None = None
 
     def _dims(self) -> str:
-        dims = self.scene.facts.table.dims("lm_head" if self.site == LOGITS else self.site)
+        dims = self.scene.facts.table.dims(self.site)
         assert dims is not None, f"{self.site} is declared"
         return dims
 

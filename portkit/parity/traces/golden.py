@@ -20,14 +20,16 @@ from portkit.loading import COMPUTE_DTYPES, LoadedModel, draw, materialize, open
 from portkit.parity.comparing import Comparing, Tell, groups
 from portkit.parity.judging.carried import CarriedErrors
 from portkit.parity.judging.judge import Judgement, Verdict, judge
-from portkit.parity.judging.ledger import LOGITS, Distance, SiteAccount, rows
+from portkit.parity.judging.ledger import Distance, SiteAccount
 from portkit.parity.judging.local import Calls, Recording, Trace
 from portkit.parity.probes.probe import Pass, check_fits
 from portkit.parity.probes.probing import unexercised
 from portkit.parity.prove import CARE, memory_watched
 from portkit.parity.question import Question, check_layers
 from portkit.parity.result import Comparison, NotVerified, ParityResult
-from portkit.parity.sides.sites import PortSide, SiteTable, watching
+from portkit.parity.sides.sites import LOGITS, PortSide, SiteTable, watching
+from portkit.parity.subject.dims import rows
+from portkit.parity.subject.discovery import sites_of
 from portkit.parity.traces.recording import PORTKIT, config_digest
 from portkit.parity.traces.trace_diff import CARRIED
 from portkit.parity.traces.trace_file import RecordedFloor, TraceFile, names
@@ -93,26 +95,21 @@ def _prepare(trace: TraceFile, question: Question) -> _Held:
     config = blueprint.config
     check_fits(trace.probe, config.vocab_size, config.max_position_embeddings)
     loaded = materialize(blueprint, said.dtype, question.device)
-    table = SiteTable(loaded.architecture.sites, question.layers)
-    known = [site for site in trace.sites if _dims(table, site) is not None]
+    table = sites_of(loaded.model).of_layers(question.layers)
+    known = [site for site in trace.sites if table.dims(site) is not None]
     if not known:
         raise TraceError(
             f"{trace} has no site of this model: it holds {names(trace.sites)}; docs/traces.md "
             "says how sites are spelled"
         )
     for site in known:
-        if trace.sites[site] != _dims(table, site):
+        if trace.sites[site] != table.dims(site):
             raise TraceError(
                 f"{trace}: {site} has the dims {trace.sites[site]!r:.60} where the model has "
-                f"{_dims(table, site)!r}; record it again"
+                f"{table.dims(site)!r}; record it again"
             )
     side = PortSide(loaded.model, trace.probe.longest)
     return _Held(trace, loaded, side, table, _why_carried(trace, side, table))
-
-
-def _dims(table: SiteTable, site: str) -> str | None:
-    """A site's dimensions; of the logits, if the head is among the sites."""
-    return table.dims("lm_head" if site == LOGITS else site)
 
 
 def _why_carried(trace: TraceFile, side: PortSide, table: SiteTable) -> str | None:
@@ -144,7 +141,7 @@ def _read(trace: TraceFile, one: Pass, site: str) -> Tensor:
 def _compare_carried(held: _Held, seen: set[str], tell: Tell) -> Comparison:
     trace, errors = held.trace, CarriedErrors()
     for site, dims in trace.sites.items():
-        if _dims(held.table, site) is not None:
+        if held.table.dims(site) is not None:
             errors.account(site, dims)
     caches: dict[str, object] = {}
     device = next(held.loaded.model.parameters()).device
@@ -162,7 +159,7 @@ def _compare_carried(held: _Held, seen: set[str], tell: Tell) -> Comparison:
 
         with watching(held.side, held.table, look):
             logits = held.side.run(one.to(device), caches)
-        if _dims(held.table, LOGITS) is not None:
+        if held.table.dims(LOGITS) is not None:
             look(LOGITS, logits)
         for site in trace.recorded(one):
             if site in errors.accounts and site not in here:
@@ -191,7 +188,7 @@ def _compare_locally(held: _Held, seen: set[str], tell: Tell) -> Comparison:
             recorded: Trace = {
                 site: _read(trace, one, site).to(device)
                 for site in trace.recorded(one)
-                if _dims(held.table, site) is not None
+                if held.table.dims(site) is not None
             }
             recording = Recording(one, recorded, Calls(), Calls(), probe.past(one))
             comparing.hold(recording)
@@ -270,7 +267,7 @@ def _left_out(held: _Held, seen: set[str], question: Question) -> Iterator[NotVe
     unseen = [site for site in expected if site not in trace.sites]
     if unseen:
         yield NotVerified(f"sites {names(unseen)} ({len(unseen)})", "the recording has not")
-    foreign = [site for site in trace.sites if _dims(held.table, site) is None]
+    foreign = [site for site in trace.sites if held.table.dims(site) is None]
     if foreign and question.layers is None:
         yield NotVerified(f"sites {names(foreign)} ({len(foreign)})", "only the recording has them")
     if trace.last_tokens is not None:

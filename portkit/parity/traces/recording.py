@@ -19,22 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portkit.checkpoint import CONFIG, Files
+from portkit.checkpoint import CONFIG, Checkpoint, Files
 from portkit.errors import TraceError
-from portkit.loading import LoadedModel, draw, materialize, open_checkpoint
+from portkit.loading import draw, materialize, open_checkpoint, resolve_dtype
 from portkit.parity.comparing import Tell, groups
 from portkit.parity.judging.free_truth import FreeTruth
 from portkit.parity.judging.judge import channel_floors, floor_of, pool_width, relative
-from portkit.parity.judging.ledger import LOGITS, Distance, Ledger, rows, squares_of, token_dim
+from portkit.parity.judging.ledger import Distance, Ledger, squares_of
 from portkit.parity.judging.local import Calls, Recording, Trace, calls_kept, recorder
 from portkit.parity.judging.truth import Truth
+from portkit.parity.judging.whole import WholeTruth
 from portkit.parity.probes.probe import Pass, Probe, as_json, check_fits
 from portkit.parity.prove import memory_watched
 from portkit.parity.question import Question, check_layers
 from portkit.parity.reference import Reference, load_reference
-from portkit.parity.sides.sites import EXPERTS, PortSide, Side, SiteTable, watching
+from portkit.parity.sides.routing import EXPERTS
+from portkit.parity.sides.sites import LOGITS, PortSide, Side, SiteTable, watching
+from portkit.parity.subject.dims import rows, token_dim
+from portkit.parity.subject.discovery import discover
+from portkit.parity.subject.traits import traits_of
 from portkit.parity.traces.trace_file import Provenance, RecordedFloor, description_of, names
 from portkit.parity.traces.trace_writer import TraceWriter, new_trace
+from portkit.registry import is_ported
 
 TRANSFORMERS, PORTKIT = "transformers", "portkit"
 """Engines: the reference, and our port."""
@@ -71,6 +77,8 @@ class Keep:
     def tokens(self, tensor: Tensor, dims: str) -> Tensor:
         """The last tokens of a site."""
         place = token_dim(dims)
+        if place is None:
+            return tensor
         kept = min(self.last_tokens or tensor.shape[place], tensor.shape[place])
         return tensor.narrow(place, tensor.shape[place] - kept, kept)
 
@@ -88,13 +96,20 @@ class Recorded:
 class Recorder:
     """Runs one side over a probe and writes what it had."""
 
-    def __init__(self, side: Side, table: SiteTable, keep: Keep, writer: TraceWriter) -> None:
+    def __init__(
+        self,
+        side: Side,
+        table: SiteTable,
+        keep: Keep,
+        writer: TraceWriter,
+        truth: type[Truth | WholeTruth] = Truth,
+    ) -> None:
         self._side, self._table, self._keep, self._writer = side, table, keep, writer
         self._caches: dict[str, Any] = {}
         self.cache: str | None = None
         """The kind of cache that the side made."""
         self._ledger = Ledger(table, ())
-        self._truth = Truth(side, side, table, self._ledger)
+        self._truth = truth(side, side, table, self._ledger)
         self._free = FreeTruth(side, table)
         self._carried: defaultdict[str, Distance] = defaultdict(Distance)
         self._free_truth: defaultdict[str, Distance] = defaultdict(Distance)
@@ -131,7 +146,7 @@ class Recorder:
         ):
             logits = self._side.run(one, self._caches)
         self.cache = type(self._caches[one.name]).__name__
-        if self._table.dims("lm_head") is not None:
+        if self._table.dims(LOGITS) is not None:
             trace[LOGITS] = logits
         for name in filter(self._keep.site, trace):
             dims = self._ledger.site(name).dims
@@ -235,23 +250,27 @@ def record(
     with new_trace(path) as writer, memory_watched():
         tell("load")
         checkpoint = open_checkpoint(question.repo, question.revision)
-        blueprint = draw(checkpoint, question.attention, question.ignore_config)
-        check_layers(question, blueprint.config.num_hidden_layers)
-        loaded = materialize(blueprint, question.dtype, question.device)
-        probe = question.choose_probe(blueprint)
-        check_fits(probe, loaded.config.vocab_size, loaded.config.max_position_embeddings)
-        side, device = _side(order, loaded, probe)
-        table = SiteTable(loaded.architecture.sites, question.layers)
-        recorder_ = Recorder(side, table, order.keep, writer)
+        dtype = resolve_dtype(question.dtype, checkpoint)
+        side = _side(order, checkpoint, dtype)
+        traits = traits_of(side.model)
+        check_layers(question, traits.num_layers)
+        probe = question.choose_probe(traits, checkpoint.files)
+        check_fits(probe, traits.vocab_size, traits.max_positions)
+        if isinstance(side, PortSide):
+            side.length = probe.longest
+        table = discover(side, traits).of_layers(question.layers)
+        truth = Truth if is_ported(checkpoint.config) else WholeTruth
+        recorder_ = Recorder(side, table, order.keep, writer, truth)
+        device = side.device
         found = recorder_.run(
             replace(probe, passes=tuple(p.to(device) for p in probe)), tell, expect
         )
         provenance = Provenance(
             model=_name(question.repo),
             engine=order.engine,
-            dtype=loaded.report.dtype,
-            revision=getattr(loaded.files, "commit", question.revision),
-            config_sha256=config_digest(loaded.files),
+            dtype=str(dtype).removeprefix("torch."),
+            revision=getattr(checkpoint.files, "commit", question.revision),
+            config_sha256=config_digest(checkpoint.files),
             attention=question.attention,
             experts=_experts(side, found.sites),
             cache=recorder_.cache,
@@ -276,13 +295,16 @@ def config_digest(files: Files) -> str:
     return hashlib.sha256(files.path(CONFIG).read_bytes()).hexdigest()
 
 
-def _side(order: Order, loaded: LoadedModel, probe: Probe) -> tuple[Side, torch.device]:
-    parameter = next(loaded.model.parameters())
+def _side(order: Order, checkpoint: Checkpoint, dtype: torch.dtype) -> PortSide | Reference:
+    question = order.question
     if order.engine == PORTKIT:
-        return PortSide(loaded.model, probe.longest), parameter.device
-    folder, question = loaded.files.path(CONFIG).parent, order.question
-    reference = load_reference(folder, parameter.dtype, question.attention, question.device)
-    return reference, parameter.device
+        blueprint = draw(checkpoint, question.attention, question.ignore_config)
+        word = str(dtype).removeprefix("torch.")
+        return PortSide(materialize(blueprint, word, question.device).model)
+    for file in checkpoint.weight_files:
+        checkpoint.files.path(file)  # a repository's are fetched
+    folder = checkpoint.files.path(CONFIG).parent
+    return load_reference(folder, dtype, question.attention, question.device)
 
 
 def _experts(side: Side, sites: Mapping[str, str]) -> str | None:

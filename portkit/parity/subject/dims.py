@@ -1,0 +1,111 @@
+"""Where the rows, the tokens and the channels of a site's tensor are: the language of `dims`.
+
+`dims` names a tensor's dimensions, one word each: `batch`, `position` (new tokens), `key` (past and
+new), `query`; every other word is a size that no pass changes. A tensor with fewer dimensions than
+words has the first of them side by side in one, as `batch position channel` of (batch x tokens,
+channels). `length` is a size that follows the data in a way that is neither. A tensor need not have
+tokens, as a state has none, nor rows, as a mask for all of them. Knows passes; runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from portkit.parity.probes.probe import Pass
+
+BATCH, POSITION, KEY, QUERY, LENGTH = "batch", "position", "key", "query", "length"
+_TOKENS = (POSITION, QUERY)
+
+
+def token_dim(dims: str) -> int | None:
+    """Which dimension counts tokens; keys alone do where nothing else does. None: no dimension."""
+    words = dims.split()
+    found = next((word for word in (*_TOKENS, KEY) if word in words), None)
+    return None if found is None else words.index(found)
+
+
+def batch_dim(dims: str) -> int | None:
+    """Which dimension counts rows of a batch."""
+    words = dims.split()
+    return words.index(BATCH) if BATCH in words else None
+
+
+def is_steady(dims: str) -> bool:
+    """Whether a token has as many values in every pass, so that channels add up over passes."""
+    words = dims.split()
+    place = token_dim(dims)
+    others = {word for number, word in enumerate(words) if number != place}
+    return not others & {KEY, LENGTH, *_TOKENS}
+
+
+def by_token(tensor: Tensor, dims: str, one: Pass) -> Tensor:
+    """(batch or 1, tokens or 1, …), whatever comes first in `dims`."""
+    whole = _apart(tensor, dims, one)
+    places = batch_dim(dims), token_dim(dims)
+    whole = whole.movedim([p for p in places if p is not None], list(range(2 - places.count(None))))
+    if places[0] is None:
+        whole = whole.unsqueeze(0)
+    return whole.unsqueeze(1) if places[1] is None else whole
+
+
+def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
+    """(…) to (real tokens, channels): padding left out, heads and channels side by side.
+
+    Keys and values reach back over the cache: their tokens are the last of past and new.
+    """
+    batch = len(one.input_ids)
+    moved = by_token(tensor, dims, one)
+    moved = moved.expand(batch, *moved.shape[1:])  # masks and tables may be for all rows one
+    if one.attention_mask is None:
+        return moved.reshape(moved.shape[0] * moved.shape[1], -1)
+    return moved.flatten(2)[real_tokens(one, dims, moved.shape[1])]
+
+
+def real_tokens(one: Pass, dims: str, num_tokens: int) -> Tensor:
+    """(batch, num_tokens), True where what `dims` has there is defined.
+
+    A tensor without tokens is, in every row; but where its size follows the data in a way that
+    nobody knows, only in rows without padding.
+    """
+    if token_dim(dims) is not None:
+        return one.real_of_last(num_tokens)
+    if LENGTH in dims.split():
+        whole = one.real.all(1, keepdim=True)
+        return whole if batch_dim(dims) is not None else whole.all(0).expand_as(whole)
+    return one.real.new_ones(len(one.input_ids), 1)
+
+
+def same_shape(dims: str, port: Tensor, reference: Tensor) -> bool:
+    """Equal but for the batch: masks and tables may be for all rows one."""
+    place = batch_dim(dims)
+    if place is None:
+        return port.shape == reference.shape
+    batch = max(0, place + 1 - num_merged(port, dims))
+    shapes = [(*one.shape[:batch], *one.shape[batch + 1 :]) for one in (port, reference)]
+    return shapes[0] == shapes[1]
+
+
+def num_merged(tensor: Tensor, dims: str) -> int:
+    """How many of the first dimensions are one in this tensor."""
+    return len(dims.split()) - tensor.dim() + 1
+
+
+def _apart(tensor: Tensor, dims: str, one: Pass) -> Tensor:
+    """The first dimension as the several that it is made of; what goes beyond the words, as one."""
+    count = num_merged(tensor, dims)
+    if count <= 0:
+        return tensor.flatten(count - 2)
+    if count == 1:
+        return tensor
+    return tensor.reshape(*_sizes(dims.split()[:count], tensor.shape[0], one), *tensor.shape[1:])
+
+
+def _sizes(words: Sequence[str], whole: int, one: Pass) -> list[int]:
+    """Of words that are one dimension; the one that is not known follows from the others."""
+    batch = len(one.input_ids)
+    if list(words) == [BATCH, POSITION]:
+        return [batch, whole // batch]
+    known = {BATCH: batch, POSITION: one.num_tokens, QUERY: one.num_tokens}
+    return [known.get(word, -1) for word in words]
