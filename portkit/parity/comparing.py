@@ -154,7 +154,6 @@ class Comparing:
         """What pass and site held, ours and theirs, where it was wrong: later passes inherit it."""
         self._wrong_now: list[tuple[Tensor, Tensor]] = []
         """The same of the pass that runs: layers that share another's keys inherit them."""
-        """Sites of both sides that were compared where they are made."""
         self._continued = {one.continues for one in probe}
 
     @torch.no_grad()
