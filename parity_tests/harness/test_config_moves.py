@@ -217,7 +217,7 @@ def test_a_model_that_ignores_fields_is_found_out(
     assert found["rms_norm_eps"].by == "nothing shows 1e-06 read as 1.015625e-06"
     assert found["final_logit_softcapping"].seen is None
     assert found["sliding_window"].seen is True
-    question = Question(folder, choose_probe=lambda drawn: quick_probe(drawn.skeleton))
+    question = Question(folder, choose_probe=lambda traits, _: quick_probe(traits))
     named = {one.name: one for one in prove(question).not_verified}
     assert named["config: rms_norm_eps"].reason.startswith(found["rms_norm_eps"].by)
     assert "config: final_logit_softcapping" not in named
@@ -263,7 +263,7 @@ def test_reports_name_a_field_that_is_not_seen(
 def test_layers_that_are_left_out_say_so(tiny_checkpoint: CheckpointMaker) -> None:
     """Held to some layers, a proof does not see what only the head shows."""
     folder = tiny_checkpoint("gemma3 shallow", torch.bfloat16)
-    choose = lambda drawn: quick_probe(drawn.skeleton)  # noqa: E731
+    choose = lambda traits, _: quick_probe(traits)  # noqa: E731
     result = prove(Question(folder, layers=range(1), choose_probe=choose))
     named = {one.name: one.reason for one in result.not_verified if "config" in one.name}
     of_full_layers = "config: rope_parameters.full_attention"

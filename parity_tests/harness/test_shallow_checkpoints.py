@@ -32,7 +32,8 @@ from portkit.parity.judging.local import Trace, recorder
 from portkit.parity.judging.precision import casts_lifted
 from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import PortSide, SiteTable, watching
+from portkit.parity.sides.sites import PortSide, watching
+from portkit.parity.subject.discovery import sites_of
 from portkit.parity.teeth.sensitivity import NO_ANGLE, UNREAD
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -122,7 +123,7 @@ def test_every_hypothesis_can_be_tried_wherever_it_applies(name: str, shallow: M
     """The kill matrix tries the first form of a fault; the diagnosis of a culprit tries all."""
     folder, tried = shallow(name, torch.bfloat16), 0
     loaded, reference = load(folder), load_reference(folder, torch.bfloat16)
-    table, probe = SiteTable(loaded.architecture.sites), quick_probe(loaded.model)
+    table, probe = sites_of(loaded.model), quick_probe(loaded.model)
     facts = Facts(reference, table)
     book, scenes, caches = Cookbook(facts, candidates), Scenes(facts, probe), dict[str, Any]()
     for one in probe:
@@ -168,7 +169,7 @@ def test_a_mistake_in_the_only_layer_is_named(
     loaded, reference = load(folder), load_reference(folder, torch.float32)
     plant(loaded.model)
     probe = quick_probe(loaded.model)
-    side, table = PortSide(loaded.model, probe.longest), SiteTable(loaded.architecture.sites)
+    side, table = PortSide(loaded.model, probe.longest), sites_of(loaded.model)
     found = compare(side, reference, table, probe)
     assert found.verdict == "diverged"
     assert {one.name for one in found.causes.values()} == {fault}

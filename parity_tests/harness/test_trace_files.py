@@ -21,7 +21,7 @@ from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
 from parity_tests.harness.conftest import Recorder, Run
 from portkit import loading
-from portkit.parity.sides.sites import SiteTable
+from portkit.parity.subject.discovery import sites_of
 from portkit.parity.traces.trace_file import KEY, TraceFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,12 +60,10 @@ def test_a_trace_says_what_ran_and_how(
     assert (trace.is_whole, trace.has_inputs, trace.last_tokens) == (True, False, None)
     assert [one.name for one in trace.probe][:3] == ["short", "long", "prompt"]
     assert trace.probe.is_complete
-    table = SiteTable(
-        loading.draw(
-            loading.open_checkpoint(tiny_checkpoint("gemma3 shallow", dtype))
-        ).architecture.sites
-    )
-    assert all(table.dims(name) == dims for name, dims in trace.sites.items() if name != "#logits")
+    known = sites_of(loading.load(tiny_checkpoint("gemma3 shallow", dtype)).model)
+    own = {name: dims for name, dims in trace.sites.items() if not name.endswith(".act_fn")}
+    assert {name: known.dims(name) for name in own} == own
+    assert trace.sites["model.layers.0.self_attn#context"] == "batch position head channel"
     order = list(trace.sites)
     assert order[0] == "model.embed_tokens"
     assert order[-2:] == ["lm_head", "#logits"]

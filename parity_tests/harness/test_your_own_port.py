@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from architectures.qwen3 import QWEN3
 from portkit.parity.sides.pairs import SitePairs
 from portkit.parity.sides.sites import SiteTable
 
@@ -59,7 +58,9 @@ def test_the_table_is_one() -> None:
     modules = ["blocks.3.attn.wo", "blocks.3.attn.wqkv", "blocks.3.attn.norm"]
     attention = "model.layers.3.self_attn"
     known = [attention, *(f"{attention}.{part}_proj" for part in "qkvo"), f"{attention}.q_norm"]
-    found = SitePairs("\n".join(lines)).laid_over(modules, SiteTable(QWEN3.sites), known)
+    dims = dict.fromkeys(known, "batch position channel")
+    dims[f"{attention}.q_norm"] = "batch position head channel"
+    found = SitePairs("\n".join(lines)).laid_over(modules, SiteTable(dims), known)
     assert {name: pair.sites for name, pair in found.items()} == {
         modules[0]: (f"{attention}.o_proj",),
         modules[1]: tuple(f"{attention}.{part}_proj" for part in "qkv"),
