@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -29,12 +30,22 @@ def test_the_demo_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     code, out = parity(capsys, DEMO, "--decode")
     lines = out.splitlines()
     assert code == 0
-    assert lines[0].startswith("exact: decoding ")
     assert lines[2] == "bfloat16: a prompt of 40 tokens and 40 more, across a window of 48"
     ways = {line[2:36].rstrip(): line[38:] for line in lines[4:15]}
     assert ways["prefill"].split()[:2] == ["A", "equal"]
-    assert ways["fast path, left-padded row"].split()[-4:] == ["41", "of", "41", "exact"]
-    assert ways["fast path, ring after it wrapped"].split()[-4:] == ["32", "of", "32", "exact"]
+    # Whether sums come out equal is the machine's; what differs has its reasons below the table.
+    told = set()
+    for way, line in ways.items():
+        if way.startswith("fast path"):
+            row = re.search(
+                r"(equal|differs) .* (\d+) of \2  (?:(exact)|rounding ((?:\[\d\])+))$", line
+            )
+            assert row, line
+            assert (row[1] == "equal") == (row[3] == "exact")
+            assert row[2] == ("32" if "ring" in way else "41")
+            told |= set(re.findall(r"\[\d\]", row[4] or ""))
+    assert told == {line[2:5] for line in lines[15:] if line.startswith("  [")}
+    assert lines[0].startswith(f"{'rounding' if told else 'exact'}: decoding ")
     said = "decoding without compiled regions: no C++ compiler was found"
     assert f"not run: {said}" in ways["compiled, decoded behind a prompt"]
 
@@ -49,17 +60,20 @@ def test_the_object_follows_the_schema(
     schema = json.loads((files("portkit.parity") / "parity.schema.json").read_text("utf-8"))
     Draft202012Validator(schema).validate(printed)
     assert code == 0
-    assert printed["verdict"] == "rounding"
     assert printed["gate"] == "exact"
     assert [one["dtype"] for one in printed["decode"]] == ["float32", "bfloat16"]
     assert (printed["sites"], printed["culprits"]) == (18, [])
     ways = {one["way"]: one for one in printed["decode"][0]["ways"]}
     assert ways["prefill"]["bits"] == 0
     assert ways["prefill"]["error"] <= ways["prefill"]["floor"] < 1e-5
-    fast = ways["fast path, decoded behind a prompt"]
-    assert fast["verdict"] == "rounding"
-    assert fast["reasons"] == ["the heads of a group are one call of the kernel"]
-    assert fast["function_error"] < 1e-13
+    fast = [one for each in printed["decode"] for one in each["ways"] if "fast path" in one["way"]]
+    fast = [one for one in fast if one["not_run"] is None]
+    assert len(fast) == 6
+    for one in fast:  # exact or for a reason, as the machine has it
+        assert one["verdict"] == ("rounding" if one["reasons"] else "exact")
+        assert one["equals_reference"] == (one["reasons"] == [])
+        assert one["function_error"] < 1e-13
+    assert printed["verdict"] == max((one["verdict"] for one in fast), key=len)
     unseen = {one["name"] for one in printed["not_verified"]}
     assert unseen == {"fast path, ring after it wrapped", "compiled, decoded behind a prompt"}
     again = tmp_path / "parity.json"

@@ -1,8 +1,9 @@
 """The decode-equivalence matrix: every way of computing a token's logits, held against the others.
 
-What `portkit parity --decode` shows must be so for every tiny checkpoint: which ways are equal to
-the reference in every bit is said here once more, by the checkpoint's name, and which models the
-fast path refuses. And the matrix must see what is wrong.
+What `portkit parity --decode` shows must be so for every tiny checkpoint: what may keep a way from
+being equal to the reference in every bit is said here once more, by the checkpoint's name, and
+which models the fast path refuses; whether it does is the machine's. And the matrix must see what
+is wrong.
 """
 
 from __future__ import annotations
@@ -28,9 +29,18 @@ from portkit.decoding.packages import Packages
 from portkit.decoding.session import Session
 from portkit.errors import ProbeError
 from portkit.loading import COMPUTE_DTYPES, draw, load, materialize, open_checkpoint
+from portkit.nn.attention import SdpaAttention
 from portkit.nn.cache import Cache
 from portkit.parity.decoding.fast_ways import MakePackages
 from portkit.parity.decoding.matrix import COMPILED, FAST, RING, Matrix, decode_matrix
+from portkit.parity.decoding.reasons import (
+    PACKED,
+    PLACED,
+    SINGLE_ROW,
+    STACKED,
+    WRAPPED,
+    AskedModel,
+)
 from portkit.parity.judging.judge import Verdict
 from portkit.parity.probes.feeding import (
     CHUNKS,
@@ -39,6 +49,8 @@ from portkit.parity.probes.feeding import (
     PADDED,
     STEPWISE,
     WHOLE,
+    logits_by_engine,
+    prompts_of,
     text_for,
 )
 from portkit.parity.reference import load_reference
@@ -169,10 +181,15 @@ def test_every_way_is_exact_or_within_the_floor(
         cell = cells[fast]
         assert cell.function_error is not None
         assert cell.function_error < 1e-13
-        single = way == DECODED and dtype == "bfloat16"
-        may_differ = wraps or single or (way != PADDED and name not in SAME_HEADS)
-        assert cell.verdict is Verdict.exact or may_differ
         assert bool(cell.reasons) == (cell.verdict is Verdict.rounding)
+        may_be = {
+            WRAPPED: wraps,
+            PACKED: way != PADDED and name not in SAME_HEADS,
+            SINGLE_ROW: way == DECODED,
+            PLACED: True,
+            STACKED: True,
+        }
+        assert all(may_be[one] for one in cell.reasons), cell
         assert cell.parting is None or cell.parting.is_rounding
         if dtype == "float32":
             assert cell.num_same_tokens == 41
@@ -241,6 +258,56 @@ def test_less_care_is_seen(
     found = matrix_of(tiny_checkpoint("qwen3 yarn tempered"), "bfloat16")
     fast = [one for one in found.cells if one.way in FAST.values()]
     assert [one.kind for one in fast] == ["care"] * 3
+
+
+@torch.no_grad()
+def test_reasons_are_what_the_operations_do(
+    tiny_checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the machine does by itself: operations are made to differ, and made to be equal."""
+    model = load(tiny_checkpoint("gemma3 shallow")).model
+    text, cpu = text_for(model), torch.device("cpu")
+    asked = AskedModel(model)
+
+    def logits(engine: ReadableBatch | Session | DeviceSession) -> Tensor:
+        return logits_by_engine(engine, text, DECODED, cpu)
+
+    given = prompts_of(text, DECODED)
+    first = logits(asked.start(given, text.num_compared))
+    readable = logits(ReadableBatch(model, given, text.num_compared))
+    by_itself = asked.why(text, DECODED, first, readable)
+    assert PLACED not in by_itself
+    assert asked.why(text, DECODED, first, _moved(readable))[:1] == (PLACED,)
+    # A prompt's logits are the readable model's own: nothing explains another one there.
+    other = torch.cat((_moved(readable[:1]), first[1:]))
+    assert asked.why(text, DECODED, other, readable) == ()
+    operations, kernel = "portkit.decoding.operations", SdpaAttention.forward
+    vectors = SimpleNamespace(mv=lambda weight, x: _moved(torch.mv(weight, x)))
+    alike = SimpleNamespace(mv=lambda weight, x: F.linear(x[None], weight)[0])
+    rings = SimpleNamespace(
+        linear=F.linear,
+        scaled_dot_product_attention=lambda *args, **options: _moved(
+            F.scaled_dot_product_attention(*args, **options)
+        ),
+    )
+    for where, what, reason, is_one in (
+        (f"{operations}.torch", vectors, SINGLE_ROW, True),
+        (f"{operations}.torch", alike, SINGLE_ROW, False),
+        (f"{operations}.F", rings, WRAPPED, True),
+        ("portkit.nn.attention.SdpaAttention.forward", _moved_kernel(kernel), PACKED, True),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(where, what)
+            assert (reason in asked.why(text, DECODED, first, readable)) is is_one
+
+
+def _moved(x: Tensor) -> Tensor:
+    """By a few of float32's last bits."""
+    return x * (1 + 2**-20)
+
+
+def _moved_kernel(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *given: _moved(own(*given))
 
 
 def test_a_prompt_of_ones_own(tiny_checkpoint: CheckpointMaker) -> None:

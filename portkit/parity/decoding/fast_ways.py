@@ -1,12 +1,12 @@
 """The fast path in every way that it decodes, in the dtype under test and in float64.
 
-And why a way of it cannot equal the readable path in every bit, read from what the model is: rings,
-grouped heads, products of a single row. Knows the fast path from outside; judges nothing.
+A way that differs from the readable path in a bit is asked why. Knows the fast path from outside;
+judges nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +19,12 @@ from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages
 from portkit.decoding.session import Session
 from portkit.errors import GenerationError
-from portkit.nn.attention import MAX_GROUPED_HEAD_DIM, EagerAttention, SdpaAttention
+from portkit.nn.attention import EagerAttention
 from portkit.nn.rope import RotaryEmbedding
+from portkit.parity.decoding.reasons import COMPILER, AskedModel
 from portkit.parity.judging.precision import casts_lifted, held_in_float64, ran_out_of_memory
 from portkit.parity.probes.feeding import (
     DECODED,
-    PADDED,
     STEPWISE,
     Text,
     logits_by_engine,
@@ -33,7 +33,6 @@ from portkit.parity.probes.feeding import (
 
 MakePackages = Callable[[Callable[[str], None]], Packages]
 """Makes the folder of compiled regions, given what takes lines for people."""
-WRAPPED = "a ring that has wrapped sums over its keys in another order"
 _ROTARY_MARGIN = 512
 """The fast path makes its tables a few hundred positions ahead."""
 
@@ -43,8 +42,11 @@ class FastWays:
     """Logits (num_compared, vocab_size) of each way of the fast path."""
 
     logits: dict[str, Tensor] = field(default_factory=dict)
+    reasons: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Why a way differs from the readable path; none where nothing that was found explains it."""
     in_float64: dict[str, Tensor] = field(default_factory=dict)
     compiled: Tensor | None = None
+    compiled_reasons: tuple[str, ...] = ()
     refused: str | None = None
     """Why there is no fast path for this model."""
     not_compiled: str = "compiled regions were not asked for"
@@ -53,16 +55,23 @@ class FastWays:
 
 
 def run_fast(
-    model: CausalLM, text: Text, packages: MakePackages | None, tell: Callable[[str], None]
+    model: CausalLM,
+    text: Text,
+    readable: Mapping[str, Tensor],
+    packages: MakePackages | None,
+    tell: Callable[[str], None],
 ) -> FastWays:
-    """Run them all. The model's parameters become views of the fast path's memory."""
+    """Run them all; `readable` has the readable path's logits of the same ways.
+
+    The model's parameters become views of the fast path's memory.
+    """
     found = FastWays()
     if any(isinstance(one, EagerAttention) for one in model.modules()):
         found.refused = "it computes attention as --attention sdpa does"
         return found
     tables = _tables_in_its_dtype(model, len(text.neighbour) + _ROTARY_MARGIN)
     said: list[str] = []
-    fast = FastModel(model, say=said.append)
+    fast = AskedModel(model, say=said.append)
     for way in STEPWISE:
         tell(f"fast path, {way}")
         logits = _run(fast, text, way)
@@ -70,6 +79,10 @@ def run_fast(
             found.refused = said[0]
             return found
         found.logits[way] = logits
+    for way, logits in found.logits.items():
+        if not torch.equal(logits, readable[way]):
+            tell(f"why the fast path differs, {way}")
+            found.reasons[way] = fast.why(text, way, logits, readable[way])
     if packages is not None:
         tell("compile")
         _run_compiled(found, model, text, packages)
@@ -83,20 +96,6 @@ def run_fast(
             raise
         found.unasked = f"the fast path in float64 takes more memory than there is ({error:.80})"
     return found
-
-
-def reasons(model: CausalLM, text: Text, way: str, *, compiled: bool = False) -> tuple[str, ...]:
-    """Why a way of the fast path cannot equal the readable path fed likewise in every bit."""
-    found = []
-    if text.leaves_a_window:
-        found.append(WRAPPED)
-    if way != PADDED and _groups_heads(model):
-        found.append("the heads of a group are one call of the kernel")
-    if compiled:
-        found.append("the compiler's sums run in another order")
-    elif way == DECODED and next(model.parameters()).dtype is not torch.float32:
-        found.append("a single row's products are summed by a kernel for vectors")
-    return tuple(found)
 
 
 def wrapped_tokens(text: Text) -> slice:
@@ -125,26 +124,11 @@ def _run_compiled(
     session = fast.start(prompts_of(text, DECODED), text.num_compared)
     logits = logits_by_engine(session, text, DECODED, fast.device, wait=True)
     if isinstance(session, Session) and session.is_compiled:
-        found.compiled = logits
+        found.compiled, found.compiled_reasons = logits, found.reasons.get(DECODED, ())
+        if not torch.equal(logits, found.logits[DECODED]):
+            found.compiled_reasons += (COMPILER,)
     else:
         found.not_compiled = said[0] if said else f"no region is compiled for {fast.device.type}"
-
-
-@torch.no_grad()
-def _groups_heads(model: CausalLM) -> bool:
-    """Whether torch's kernel is left to group the query heads of a key head."""
-    grouped = []
-
-    def look(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-        query, key = given[:2]
-        grouped.append(key.shape[1] < query.shape[1] and query.shape[3] <= MAX_GROUPED_HEAD_DIM)
-
-    kernels = [one for one in model.modules() if isinstance(one, SdpaAttention)]
-    hooks = [one.register_forward_pre_hook(look) for one in kernels]
-    model(torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
-    return any(grouped)
 
 
 @torch.no_grad()

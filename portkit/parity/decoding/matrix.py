@@ -3,7 +3,8 @@
 The readable model, fed whole, in chunks, token by token, padded and in a batch, must equal the
 reference fed likewise in every bit. The fast path cannot where its operations are others; it must
 then lie within the reference's own floor, its distance from float64 at these logits. A cell that
-cannot be equal by nature says why. One that could and is not has no excuse.
+cannot be equal by nature says why: it was asked, of its own operations and on this machine. One
+that could and is not has no excuse.
 
 The fast path's function is asked for too: its graph and its caches in float64. A slot too many in a
 ring of 512 is lost in bfloat16's rounding, and shows there.
@@ -20,10 +21,8 @@ from torch import Tensor
 
 from portkit.architecture import CausalLM
 from portkit.parity.decoding.fast_ways import (
-    WRAPPED,
     FastWays,
     MakePackages,
-    reasons,
     run_fast,
     wrapped_tokens,
 )
@@ -137,7 +136,7 @@ def decode_matrix(
     """
     device = next(model.parameters()).device
     judge = _Judge(Measured.of(reference, table, text, tell))
-    cells = []
+    cells, readable = [], {}
     for way in text.ways:
         tell(way)
         if way in STEPWISE:
@@ -146,12 +145,13 @@ def decode_matrix(
         else:
             logits = logits_by_side(PortSide(model, len(text.ids)), text, way, device)
         cells.append(judge(way, way, logits))
-    fast = run_fast(model, text, packages, tell)
-    cells += _fast_cells(judge, fast, model, text)
+        readable[way] = logits
+    fast = run_fast(model, text, readable, packages, tell)
+    cells += _fast_cells(judge, fast, text)
     return Matrix(str(reference.dtype).removeprefix("torch."), text, tuple(cells))
 
 
-def _fast_cells(judge: _Judge, fast: FastWays, model: CausalLM, text: Text) -> list[Cell]:
+def _fast_cells(judge: _Judge, fast: FastWays, text: Text) -> list[Cell]:
     if fast.refused is not None:
         return [Cell("fast path", None, not_run=fast.refused)]
     cells = []
@@ -162,19 +162,13 @@ def _fast_cells(judge: _Judge, fast: FastWays, model: CausalLM, text: Text) -> l
             cells.append(judge(RING, way, fast.logits[way], fast.in_float64.get(way), part))
         elif way == DECODED:
             cells.append(Cell(RING, None, not_run=_no_ring(text)))
-    # Where nothing but a ring may differ, nothing may before it has wrapped.
-    excused = {
-        name: why
-        for way, name in FAST.items()
-        if (why := reasons(model, text, way)) != (WRAPPED,) or judge.begins_equal(way, fast, text)
-    }
-    excused[RING] = excused.get(FAST[DECODED], ())
-    cells = [_told(one, excused.get(one.way, ()), fast.unasked) for one in cells]
+    reasons = {FAST[way]: why for way, why in fast.reasons.items()}
+    reasons[RING] = fast.reasons.get(DECODED, ())
+    cells = [_told(one, reasons.get(one.way, ()), fast.unasked) for one in cells]
     if fast.compiled is None:
         return [*cells, Cell(COMPILED, None, not_run=fast.not_compiled)]
     compiled = judge(COMPILED, DECODED, fast.compiled)
-    why = reasons(model, text, DECODED, compiled=True)
-    return [*cells, _told(compiled, why)]
+    return [*cells, _told(compiled, fast.compiled_reasons)]
 
 
 def _told(cell: Cell, why: tuple[str, ...], unasked: str | None = None) -> Cell:
@@ -283,12 +277,6 @@ class _Judge:
             int((logits.argmax(-1) == theirs.argmax(-1)).sum()),
             parting,
         )
-
-    def begins_equal(self, way: str, fast: FastWays, text: Text) -> bool:
-        """Whether a way of the fast path equals the reference until a ring wraps."""
-        num_pads = max(map(len, text.rows(way))) - len(text.ids)  # which take slots too
-        before = slice(max(0, wrapped_tokens(text).start - num_pads))
-        return torch.equal(fast.logits[way][before], self._measured.theirs[way][before])
 
     def _number_of(self, logits: Tensor) -> int:
         for number, known in enumerate(self._known):

@@ -150,14 +150,17 @@ def logits_by_engine(
 
     `wait`: once the prompt is there, until a session's compiled regions are too.
     """
-    rows = text.rows(way)
-    # Of all rows the tokens that are decoded; the text's is the last row.
-    columns = torch.tensor([row[len(row) - text.num_compared + 1 :] for row in rows]).to(device)
     found = [engine.prefill()[-1]]
     if wait and isinstance(engine, Session):
         engine.prepare(wait=True)
-    found += [engine.decode(tokens)[-1] for tokens in columns.unbind(1)]
+    found += [engine.decode(tokens)[-1] for tokens in decoded_tokens(text, way, device)]
     return torch.stack(found)
+
+
+def decoded_tokens(text: Text, way: str, device: torch.device) -> tuple[Tensor, ...]:
+    """What a way's rows are fed behind their prompts, (rows,) each; the text's is the last row."""
+    rows = [row[len(row) - text.num_compared + 1 :] for row in text.rows(way)]
+    return torch.tensor(rows).to(device).unbind(1)
 
 
 def prompts_of(text: Text, way: str) -> list[tuple[int, ...]]:
