@@ -304,18 +304,19 @@ def layer_range(layers: str) -> range:
 
 def probe_choice(
     prompt: str | None, tokens: Path | None, quick: bool, thorough: bool, seed: int
-) -> Callable[[Traits, Files], Probe]:
+) -> Callable[[Traits, Files | None], Probe]:
     """How the probe is chosen once the model is known; a file is read at once."""
     if sum((prompt is not None, tokens is not None, quick, thorough)) > 1:
         raise typer.BadParameter("--prompt, --tokens, --quick and --thorough: choose one")
     saved = None if tokens is None else _read_tokens(tokens)
 
-    def choose(traits: Traits, files: Files) -> Probe:
+    def choose(traits: Traits, files: Files | None) -> Probe:
         from portkit.parity.probes import probing
         from portkit.parity.probes.probe import from_json
         from portkit.tokenizer import Tokenizer
 
         if prompt is not None:
+            assert files is not None, "a command names a checkpoint"
             ids = Tokenizer.open(files).encode(prompt)
             return probing.probe_of_tokens("prompt", ids)
         if isinstance(saved, dict):

@@ -104,7 +104,7 @@ class Result(ParityResult):
 
 def compare(  # noqa: PLR0913  # one name for each thing that may be asked
     port: Port,
-    repo: str | Path,
+    repo: str | Path | nn.Module | Callable[..., Any],
     *,
     reference: Port = None,
     sites: str | Path | None = None,
@@ -137,7 +137,9 @@ def compare(  # noqa: PLR0913  # one name for each thing that may be asked
     port         a model, or any callable that gives logits; a factory (directory, dtype, device)
                  that makes one; the name of a factory, "module:factory" or "file.py:factory"; None
                  for portkit's own port
-    repo         the checkpoint's folder, or its name on the Hub
+    repo         the checkpoint's folder, or its name on the Hub; or the very thing that is held to
+                 be right, a model of Transformers or any callable that gives logits: the same model
+                 with its adapter unmerged, say
     sites        which of its modules is which site: a table of pairs, or the file that holds one
     revision     of the repository on the Hub: a branch, a tag or a commit
     ignore_config
@@ -178,12 +180,18 @@ def compare(  # noqa: PLR0913  # one name for each thing that may be asked
         golden, reference = reference, None
     if golden is not None and not (port is None and reference is None and probe == "default"):
         raise PortError("golden: the recording is the reference, with a probe of its own")
-    if dtype == "auto" and isinstance(port, nn.Module):
-        dtype = _dtype_of(port)
+    subject = None if isinstance(repo, (str, Path)) else repo
+    for model in (port, subject):
+        if dtype == "auto" and isinstance(model, nn.Module):
+            dtype = _dtype_of(model)
+    if subject is not None and dtype == "auto":
+        dtype = "float32"
     of_ours = port is None and reference is None
     passing = gate or ("exact" if of_ours and str(device) == "cpu" else "rounding")
+    name = str(repo) if subject is None else type(subject).__name__
     question = Question(
-        repo,
+        name,
+        subject=subject,
         revision=revision,
         dtype=_word(dtype),
         device=str(device),
@@ -198,14 +206,14 @@ def compare(  # noqa: PLR0913  # one name for each thing that may be asked
         port=_given(port),
         reference=_given(reference),
         sites=_table(sites),
-        is_made=any(map(_is_made, (port, reference))),
+        is_made=subject is not None or any(map(_is_made, (port, reference))),
     )
     with _threads(threads):
         found = prove(question) if golden is None else prove_by(TraceFile(Path(golden)), question)
         known = {one.name: getattr(found, one.name) for one in fields(found)}
         return Result(
             **known,
-            repo=str(repo),
+            repo=name,
             gate=passing,
             device=str(device),
             threads=torch.get_num_threads(),
@@ -278,6 +286,7 @@ def _given(port: Port) -> Any:
         return port
 
     made.__name__ = type(port).__name__
+    made.is_made = True  # type: ignore[attr-defined]
     sites = getattr(port, "sites", "")
     made.sites = sites if isinstance(sites, str) else ""  # type: ignore[attr-defined]
     return made
@@ -303,7 +312,7 @@ def _word(dtype: str | torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _choice(probe: Choice, seed: int) -> Callable[[Traits, Files], Probe]:
+def _choice(probe: Choice, seed: int) -> Callable[[Traits, Files | None], Probe]:
     if isinstance(probe, Probe):
         return lambda *_: probe
     if isinstance(probe, str):

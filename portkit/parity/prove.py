@@ -15,7 +15,7 @@ import torch
 from portkit.architecture import CausalLM
 from portkit.checkpoint import Checkpoint
 from portkit.errors import OutOfMemory, PortkitError
-from portkit.loading import open_checkpoint, resolve_device, resolve_dtype
+from portkit.loading import COMPUTE_DTYPES, open_checkpoint, resolve_device, resolve_dtype
 from portkit.parity.comparing import Tell, compare
 from portkit.parity.generation import NUM_TOKENS, compare_generation
 from portkit.parity.gradients import GradientParity, compare_gradients
@@ -45,7 +45,7 @@ _CARE_PASSES = {"short", "far"}
 class _Prepared:
     """What a comparison in one dtype is made of."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
     sides: Sides
     probe: Probe
     prompt: list[int]
@@ -55,8 +55,7 @@ class _Prepared:
 
 def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     """Answer it. `tell` is given a line for each step. Raises a `PortkitError` on bad input."""
-    checkpoint = open_checkpoint(question.repo, question.revision)
-    asked = resolve_dtype(question.dtype, checkpoint)
+    checkpoint, asked = _opened(question)
     with memory_watched():
         result = _prove_in(question, checkpoint, asked, tell)
         if asked != CARE and question.is_made:
@@ -76,6 +75,18 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
         return result
     found = merged(fates, [one.config for one in result.comparisons])
     return replace(result, teeth=found, not_verified=(*result.not_verified, *_uncaught(found)))
+
+
+def _opened(question: Question) -> tuple[Checkpoint | None, torch.dtype]:
+    """The checkpoint, if there is one beside a model at hand, and the dtype to compute in."""
+    if question.subject is None:
+        checkpoint = open_checkpoint(question.repo, question.revision)
+        return checkpoint, resolve_dtype(question.dtype, checkpoint)
+    if question.dtype not in COMPUTE_DTYPES:
+        raise PortkitError(
+            f"dtype is {question.dtype!r:.60}: choose one of {', '.join(COMPUTE_DTYPES)}"
+        )
+    return None, COMPUTE_DTYPES[question.dtype]
 
 
 def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Teeth]:
@@ -109,7 +120,7 @@ def _uncaught(found: Teeth) -> Iterator[NotVerified]:
 
 
 def _prove_in(
-    question: Question, checkpoint: Checkpoint, dtype: torch.dtype, tell: Tell
+    question: Question, checkpoint: Checkpoint | None, dtype: torch.dtype, tell: Tell
 ) -> ParityResult:
     """The answer in the dtype that was asked for."""
     prepared = _prepare(question, checkpoint, dtype, tell)
@@ -140,7 +151,7 @@ def _prove_in(
 
 
 def _care(
-    question: Question, checkpoint: Checkpoint, tell: Tell, known: frozenset[str]
+    question: Question, checkpoint: Checkpoint | None, tell: Tell, known: frozenset[str]
 ) -> Comparison:
     """Again in bfloat16; of a complete probe the passes that run every module, near and far."""
     prepared = _prepare(question, checkpoint, CARE, tell)
@@ -155,12 +166,12 @@ def _care_probe(probe: Probe) -> Probe:
 
 
 def _prepare(
-    question: Question, checkpoint: Checkpoint, dtype: torch.dtype, tell: Tell
+    question: Question, checkpoint: Checkpoint | None, dtype: torch.dtype, tell: Tell
 ) -> _Prepared:
     tell(f"load in {_word(dtype)}")
     sides = make_sides(question, checkpoint, dtype)
     traits = sides.traits
-    probe = question.choose_probe(traits, checkpoint.files)
+    probe = question.choose_probe(traits, None if checkpoint is None else checkpoint.files)
     check_fits(probe, traits.vocab_size, traits.max_positions)
     prompt, num_tokens = _prompt(checkpoint, traits, probe)
     for side in (sides.port, sides.reference):
@@ -209,7 +220,7 @@ def _moved(question: Question, probe: Probe) -> Probe:
     return replace(probe, passes=tuple(one.to(device) for one in probe))
 
 
-def _prompt(checkpoint: Checkpoint, traits: Traits, probe: Probe) -> tuple[list[int], int]:
+def _prompt(checkpoint: Checkpoint | None, traits: Traits, probe: Probe) -> tuple[list[int], int]:
     """A prompt of one's own, or words, and how many tokens to generate after it.
 
     After random tokens a model ends in repeating one.
@@ -217,7 +228,7 @@ def _prompt(checkpoint: Checkpoint, traits: Traits, probe: Probe) -> tuple[list[
     context = traits.max_positions or probe.longest + NUM_TOKENS
     first = next(iter(probe))
     prompt = first.input_ids[-1, first.real[-1]].tolist()
-    if probe.name != "prompt":
+    if probe.name != "prompt" and checkpoint is not None:
         with suppress(PortkitError):  # a checkpoint need not have a tokenizer
             words = Tokenizer.open(checkpoint.files).encode(_OPENING)
             prompt = words if words and max(words) < traits.vocab_size else prompt

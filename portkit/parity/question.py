@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from portkit.checkpoint import Files
 from portkit.errors import PortkitError
@@ -40,12 +41,14 @@ class Question:
     """By which the faults of the catalogue are judged."""
     faults: str = "full"
     """How many of them are tried: full, sampled or off."""
-    choose_probe: Callable[[Traits, Files], Probe] = lambda traits, _: default_probe(traits)
-    """Of the subject's traits, and the files beside it, as its tokenizer's."""
+    choose_probe: Callable[[Traits, Files | None], Probe] = lambda traits, _: default_probe(traits)
+    """Of the subject's traits, and the files beside it, as its tokenizer's; None beside a model."""
     port: Given = None
     reference: Given = None
     sites: str | None = None
     """A table of site pairs, for the port, or for the reference where that alone is foreign."""
+    subject: Any = None
+    """What is held to be right, a model or another callable at hand: there is no checkpoint."""
     is_made: bool = False
     """The foreign side is made already, in one dtype: it cannot be had in another."""
 

@@ -45,12 +45,16 @@ _CACHES = ("past_key_values", "cache_params")
 class Reference:
     """A checkpoint in the reference implementation, in evaluation mode; a side of a comparison."""
 
-    is_partial = False
-
     def __init__(
-        self, model: nn.Module, attention: str = "sdpa", notes: tuple[str, ...] = ()
+        self,
+        model: nn.Module,
+        attention: str = "sdpa",
+        notes: tuple[str, ...] = (),
+        is_partial: bool = False,
     ) -> None:
         self.model, self.attention, self.notes = model, attention, notes
+        self.is_partial = is_partial
+        """It stands in the port's place, and what it lacks is not amiss."""
         self._sites = _text_modules(model)
         self._takes = frozenset(signature(model.forward).parameters)
         self._cache = next((one for one in _CACHES if one in self._takes), _CACHES[0])
@@ -215,6 +219,25 @@ class Reference:
     def watch_tables(self, visit: Visit) -> Any:
         """Called once a layer type where they differ, and then told which by its name."""
         return watch_tables_of(self.table_modules(), visit)
+
+
+def is_of_transformers(model: object) -> bool:
+    """Whether a model is one of the reference's own, told without importing it."""
+    config = getattr(model, "config", None)
+    return (
+        isinstance(model, nn.Module)
+        and hasattr(model, "set_attn_implementation")
+        and hasattr(config, "get_text_config")
+    )
+
+
+def reference_of(model: nn.Module) -> Reference:
+    """A model of Transformers that is at hand, as it is, in evaluation mode."""
+    config: Any = model.config
+    runs = getattr(config, "_attn_implementation", None) or "eager"
+    notes = ("the reference was in training mode; it was compared in evaluation",)
+    was_training = model.training
+    return Reference(model.eval(), runs, notes if was_training else ())
 
 
 def _text_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,16 +11,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import nn
 
 from portkit.architecture import CausalLM
 from portkit.checkpoint import CONFIG, Checkpoint
 from portkit.errors import PortError, UnsupportedConfig
 from portkit.loading import Blueprint, draw, materialize, resolve_device
 from portkit.parity.question import Question, check_layers
-from portkit.parity.reference import Reference, load_reference
+from portkit.parity.reference import (
+    Reference,
+    is_of_transformers,
+    load_reference,
+    reference_of,
+)
 from portkit.parity.sides import factories
+from portkit.parity.sides.calling import answer, said
 from portkit.parity.sides.factories import Factory, Made
 from portkit.parity.sides.foreign import ForeignSide, Surroundings
 from portkit.parity.sides.pairs import SitePairs
@@ -54,14 +62,16 @@ class Sides:
 class _Making:
     """Makes the sides of one question in one dtype."""
 
-    def __init__(self, question: Question, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self._question, self._checkpoint, self._dtype = question, checkpoint, dtype
-        # What is read lies in one folder, a repository's in the Hub's cache.
-        self._folder = checkpoint.files.path(CONFIG).parent
+    def __init__(
+        self, question: Question, checkpoint: Checkpoint | None, dtype: torch.dtype
+    ) -> None:
+        self._question, self._given, self._dtype = question, checkpoint, dtype
         self._notes: list[Callable[[], tuple[str, ...]]] = []
 
     def sides(self) -> Sides:
         question = self._question
+        if question.subject is not None:
+            return self._beside_model(question.subject)
         blueprint = self._drawn() if question.port is None else None
         if question.reference is not None:
             return self._beside_foreign(question.reference, blueprint)
@@ -74,6 +84,41 @@ class _Making:
             return self._found((port, reference), table.shown_by(port), traits, blueprint)
         assert question.port is not None, "else there is a blueprint"
         around = Surroundings(table, reference.module_sites(), traits.vocab_size)
+        port = self._foreign(question.port, question.sites, around)
+        return self._found((port, reference), table, traits, None)
+
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        if self._given is None:
+            raise PortError(
+                "a port beside a model at hand is one too: give a model or a callable, and no name"
+            )
+        return self._given
+
+    @property
+    def _folder(self) -> Path:
+        """What is read lies in one folder, a repository's in the Hub's cache."""
+        return self._checkpoint.files.path(CONFIG).parent
+
+    def _beside_model(self, subject: Any) -> Sides:
+        """A model of Transformers goes by its own names; another callable is measured too."""
+        question = self._question
+        if question.port is None:
+            raise PortError("compare(None, model): give the port that is held against the model")
+        if is_of_transformers(subject):
+            reference: Side = reference_of(subject)
+            traits, modules = traits_of(subject), reference.module_sites()
+            table = _discovered(reference, traits)
+        else:
+            made = Made(subject, "")
+            traits = Traits(_vocabulary(subject), None, 0)
+            modules = made.modules
+            everywhere = Surroundings(EVERYTHING, modules, traits.vocab_size)
+            table = _discovered(self._side(made, subject, "", everywhere), traits)
+            around = Surroundings(table, modules, traits.vocab_size)
+            reference = self._side(made, subject, "", around)
+        check_layers(question, traits.num_layers)
+        around = Surroundings(table, modules, traits.vocab_size)
         port = self._foreign(question.port, question.sites, around)
         return self._found((port, reference), table, traits, None)
 
@@ -144,10 +189,13 @@ class _Making:
         return self._side(self._made(given), given, pairs, around)
 
     def _made(self, given: str | Factory) -> Made:
-        self._fetch_weights()
         factory = factories.find(given) if isinstance(given, str) else given
         device = resolve_device(self._question.device)
-        return factories.make(factory, _origin(given), self._folder, self._dtype, device)
+        folder = Path()
+        if self._given is not None or not getattr(factory, "is_made", False):
+            self._fetch_weights()
+            folder = self._folder
+        return factories.make(factory, _origin(given), folder, self._dtype, device)
 
     def _side(
         self, made: Made, given: str | Factory, pairs: str | None, around: Surroundings
@@ -155,6 +203,9 @@ class _Making:
         self._notes.append(lambda: made.notes)
         if isinstance(made.call, CausalLM):  # one of ours that somebody has changed
             return PortSide(made.call, is_partial=True)
+        model = made.call
+        if isinstance(model, nn.Module) and is_of_transformers(model) and not (pairs or made.sites):
+            return Reference(model, _kernel_of(model), is_partial=True)
         table = SitePairs(made.sites if pairs is None else pairs)
         side = ForeignSide(made.call, self._dtype, table, around, _origin(given))
         self._notes.append(lambda: tuple(side.notes))
@@ -165,9 +216,28 @@ class _Making:
             self._checkpoint.files.path(file)  # a repository's are fetched
 
 
-def make_sides(question: Question, checkpoint: Checkpoint, dtype: torch.dtype) -> Sides:
+def make_sides(question: Question, checkpoint: Checkpoint | None, dtype: torch.dtype) -> Sides:
     """Load both sides, and find out what they are compared at. Raises a `PortkitError`."""
     return _Making(question, checkpoint, dtype).sides()
+
+
+@torch.no_grad()
+def _vocabulary(call: Callable[..., Any]) -> int:
+    """How many logits a callable gives for a token."""
+    held = call.parameters() if isinstance(call, nn.Module) else iter(())
+    first = next(held, None)
+    token = torch.zeros((1, 1), dtype=torch.int64, device=None if first is None else first.device)
+    try:
+        logits = answer(call(token)).logits
+    except Exception as error:
+        raise PortError(f"the reference raised {said(error)}, called with one token") from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
+        raise PortError("the reference gives no logits (batch, tokens, vocab_size) for a token")
+    return int(logits.shape[-1])
+
+
+def _kernel_of(model: Any) -> str:
+    return getattr(model.config, "_attn_implementation", None) or "eager"
 
 
 def _discovered(side: Side, traits: Traits) -> SiteTable:
