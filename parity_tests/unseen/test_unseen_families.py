@@ -1,0 +1,105 @@
+"""Forty families that portkit has never seen: the same class under other names is proven exact.
+
+At every module that runs, in float32 and bfloat16, by each attention kernel that the family has;
+and a bit, an epsilon and a skipped module are each found in the one place where they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from parity_tests.unseen import planted
+from parity_tests.unseen.conftest import UnseenMaker
+from parity_tests.unseen.families import UNSEEN, VOCABULARY
+from parity_tests.unseen.renamed import renamed, renamed_eager
+from portkit.parity import compare
+
+CPU = torch.device("cpu")
+CAUSAL = [name for name, unseen in UNSEEN.items() if not unseen.own_class]
+FAST = ("gpt2", "falcon", "phi3", "gemma2", "qwen2_moe", "deepseek_v2", "mamba", "falcon_h1")
+KERNELS = {"sdpa": renamed, "eager": renamed_eager}
+ONLY_EAGER = ("gptj", "bloom", "mpt", "gemma2", "gpt_oss", "mamba", "mamba2")
+"""In Transformers."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLANTED = {"bit": planted.a_bit, "epsilon": planted.an_epsilon, "skip": planted.a_skip}
+NO_EPSILON = {"olmo": "its norms are functions, with a constant"}
+
+
+def every_way() -> Iterator[object]:
+    for name in CAUSAL:
+        for dtype in DTYPES:
+            for kernel in ["eager"] if name in ONLY_EAGER else KERNELS:
+                is_first = kernel == "sdpa" or name in ONLY_EAGER
+                is_fast = name in FAST and dtype == "float32" and is_first
+                marks = () if is_fast else (pytest.mark.slow,)
+                yield pytest.param(name, dtype, kernel, marks=marks, id=f"{name}-{dtype}-{kernel}")
+
+
+@pytest.mark.parametrize(("name", "dtype", "kernel"), every_way())
+def test_exact_at_every_module_that_runs(
+    name: str, dtype: str, kernel: str, unseen_checkpoint: UnseenMaker
+) -> None:
+    folder = unseen_checkpoint(name)
+    port = KERNELS[kernel](folder, DTYPES[dtype], CPU)
+    found = compare(port, folder, dtype=dtype, attention=kernel)
+    assert found.verdict == "exact", str(found)
+    (in_dtype,) = found.comparisons
+    judged = {re.split("[:#@]", one.site)[0] for one in in_dtype.judgements}
+    ran = modules_that_run(folder, DTYPES[dtype], kernel)
+    assert ran - judged == set()
+    assert len(judged & ran) == len(ran)
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+@pytest.mark.parametrize(
+    "name", [one if one in FAST else pytest.param(one, marks=pytest.mark.slow) for one in CAUSAL]
+)
+def test_what_is_planted_is_found_in_its_place(
+    name: str, mistake: str, unseen_checkpoint: UnseenMaker
+) -> None:
+    folder = unseen_checkpoint(name)
+    kernel = "eager" if name in ONLY_EAGER else "sdpa"
+    port = KERNELS[kernel](folder, torch.float32, CPU)
+    place = PLANTED[mistake](port, token_ids())
+    if place is None:
+        assert name in NO_EPSILON
+        return
+    found = compare(port, folder, dtype="float32", attention=kernel, probe="quick")
+    assert found.verdict == "diverged", place
+    assert {re.split("[:#@]", one.site)[0] for one in found.culprits} == {place}
+
+
+def token_ids() -> Tensor:
+    return torch.randint(4, VOCABULARY, (2, 31), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def modules_that_run(folder: object, dtype: torch.dtype, kernel: str) -> set[str]:
+    """Names of the reference's modules that are called and return a tensor, tables left out."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=kernel
+    )
+    ran: set[str] = set()
+
+    def hook(name: str) -> object:
+        return lambda _, __, output: ran.add(name) if has_tensor(output) else None
+
+    for name, module in model.eval().named_modules():
+        if name and not name.endswith("rotary_emb"):
+            module.register_forward_hook(hook(name))
+    model(token_ids())
+    return ran
+
+
+def has_tensor(output: object) -> bool:
+    if isinstance(output, dict):
+        return any(map(has_tensor, output.values()))
+    if isinstance(output, tuple | list):
+        return any(map(has_tensor, output))
+    return isinstance(output, Tensor)
