@@ -60,6 +60,10 @@ class Reference:
         self._cache = next((one for one in _CACHES if one in self._takes), _CACHES[0])
 
     @property
+    def takes_positions(self) -> bool:
+        return "position_ids" in self._takes
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
@@ -71,7 +75,7 @@ class Reference:
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
         """Raises `CannotRun` where the model lacks what the pass is made of."""
         given: dict[str, Any] = {"input_ids": one.input_ids, "use_cache": True}
-        if "position_ids" in self._takes:
+        if self.takes_positions:
             given["position_ids"] = one.positions
         elif not (one.counts_on or one.counts_real):
             raise CannotRun("it takes no position_ids")

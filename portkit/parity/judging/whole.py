@@ -51,6 +51,8 @@ class WholeTruth:
     @torch.no_grad()
     def judge(self, recordings: Sequence[Recording]) -> None:
         """Add all sites of these passes, which follow those of the last call."""
+        if not recordings:  # a side refused them
+            return
         theirs = self._in_float64("the reference", self.reference, recordings)
         ours = self._in_float64("the port", self.port, recordings)
         truths = ours if theirs is None else theirs

@@ -24,6 +24,10 @@ Subject = Traits | CausalLM
 _PLAIN_LENGTH = 64
 """Stands for the window where there is none: from here on the large matrix kernels run."""
 
+_MOST_TOKENS = 1024
+"""Of a prompt that is run for nothing but to come to the end of the context."""
+_FEW = 4
+
 _TRAINED_LENGTH = 136
 """A batch's logits are held with their graph: of a large vocabulary they are gigabytes."""
 
@@ -51,7 +55,7 @@ def default_probe(subject: Subject, seed: int = 0) -> Probe:
         *_decoding(draw(1, _within(model, window + 3)), 6, num_logits=2),
         *_chunks(draw(1, _within(model, window + 8)), [window // 2, window + 3], num_logits=2),
         *_padded(draw(2, _within(model, window + 7)), num_logits=2),
-        *_far(draw(1, _within(model, 24)), model.max_positions, num_logits=4),
+        *_far(model, draw, _within(model, 24), num_logits=4),
     ]
     return Probe("default", tuple(passes), is_complete=True)
 
@@ -79,7 +83,7 @@ def thorough_probe(subject: Subject, seed: int = 0) -> Probe:
         *_decoding(draw(2, _within(model, window + 5)), 8),
         *_chunks(draw(1, _within(model, half + window + 5)), [half, half + window]),
         *_padded(draw(3, _within(model, long + 2))),
-        *_far(draw(1, long), model.max_positions),
+        *_far(model, draw, long),
     ]
     return Probe("thorough", tuple(passes), is_complete=True)
 
@@ -139,11 +143,19 @@ def _padded(input_ids: Tensor, num_logits: int | None = None) -> list[Pass]:
     ]
 
 
-def _far(input_ids: Tensor, context: int | None, num_logits: int | None = None) -> Iterator[Pass]:
-    """Positions that jump: strides, then the very end of what the model was made for, if known."""
+def _far(model: Traits, draw: _Tokens, count: int, num_logits: int | None = None) -> Iterator[Pass]:
+    """Positions that jump: strides, then the very end of what the model was made for, if known.
+
+    Where positions cannot be given, tokens up to that end, if they are not too many.
+    """
+    context = model.max_positions
     if context is None:
         return
-    count = input_ids.shape[1]
+    if not model.takes_positions:
+        if context <= _MOST_TOKENS:
+            yield from chain("far", draw(1, context), [context], num_logits or _FEW)
+        return
+    input_ids = draw(1, count)
     positions = torch.arange(count) * max(1, context // (4 * count))
     tail = min(3, count)
     positions[-tail:] = context - torch.arange(tail, 0, -1)

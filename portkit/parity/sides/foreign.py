@@ -90,14 +90,24 @@ class ForeignSide:
         ]
         self._running: list[str] = []
         """Names of the paired modules that are running, the innermost last."""
+        self.counts_real = False
+        """Without positions given, it counts real tokens in a padded row, and no padding."""
+
+    @property
+    def takes_positions(self) -> bool:
+        return self._calling.takes("positions")
+
+    @property
+    def takes_mask(self) -> bool:
+        return self._calling.takes("attention_mask")
 
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
         """Raises `CannotRun` where it refuses the pass, `PortError` where it breaks its word."""
         before = self._before(one, caches)
-        if not self._calling.takes("positions") and not one.counts_on:
+        if not (self.takes_positions or one.counts_on or (self.counts_real and one.counts_real)):
             raise CannotRun("it takes no positions")
-        if not self._calling.takes("attention_mask") and not bool(one.real.all()):
+        if not self.takes_mask and not bool(one.real.all()):
             raise CannotRun("it takes no attention_mask")
         if self._kept is not None:
             self._kept.restore(before.kept)

@@ -8,7 +8,7 @@ trace is no side, and is turned away here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from portkit.parity.reference import (
 )
 from portkit.parity.sides import factories
 from portkit.parity.sides.calling import answer, said
+from portkit.parity.sides.counting import counts_real
 from portkit.parity.sides.factories import Factory, Made
 from portkit.parity.sides.foreign import ForeignSide, Surroundings
 from portkit.parity.sides.pairs import SitePairs
@@ -160,6 +161,10 @@ class _Making:
         def notes() -> tuple[str, ...]:
             return tuple(note for each in self._notes for note in each())
 
+        foreign, other = pair
+        if isinstance(foreign, ForeignSide):
+            foreign.counts_real = counts_real(foreign, other, traits.vocab_size)
+        traits = replace(traits, takes_positions=all(one.takes_positions for one in pair))
         return Sides(*pair, table.of_layers(self._question.layers), traits, blueprint, notes)
 
     def _drawn(self) -> Blueprint:

@@ -112,6 +112,11 @@ class Side(Watched, Protocol):
         ...
 
     @property
+    def takes_positions(self) -> bool:
+        """It can be told positions; else it counts."""
+        ...
+
+    @property
     def model(self) -> nn.Module | None:
         """What holds all its parameters, if one module does."""
         ...
@@ -306,6 +311,7 @@ class PortSide:
     """
 
     attention = "port"
+    takes_positions = True
 
     def __init__(self, model: CausalLM, length: int = SHORT, is_partial: bool = False) -> None:
         self.model, self.length, self.is_partial = model, length, is_partial

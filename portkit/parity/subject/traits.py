@@ -38,6 +38,8 @@ class Traits:
     """Those of them that are chunks, which begin anew at their multiples."""
     scaled: Mapping[str, int] = field(default_factory=dict)
     """Positions at which the scaling of a rotary table sets in, by the module's name."""
+    takes_positions: bool = True
+    """They can be given; else a position is reached by as many tokens before it alone."""
 
 
 @singledispatch
