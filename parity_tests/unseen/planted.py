@@ -22,9 +22,14 @@ def a_bit(port: Renamed, input_ids: Tensor) -> str | None:
     name, module = _middle([(name, module) for name, module in ran if _matrix(module) is not None])
     weight = _matrix(module)
     assert weight is not None, "it was chosen for having one"
+    flip(weight)
+    return name
+
+
+def flip(weight: Tensor) -> None:
+    """The last bit of its first value."""
     kind = {4: torch.int32, 2: torch.int16}[weight.element_size()]
     weight.data.view(kind).view(-1)[0] ^= 1
-    return name
 
 
 def an_epsilon(port: Renamed, input_ids: Tensor) -> str | None:
@@ -39,11 +44,19 @@ def an_epsilon(port: Renamed, input_ids: Tensor) -> str | None:
 
 
 def a_skip(port: Renamed, input_ids: Tensor) -> str | None:
-    """A module that gives what it was given, in the middle of those of which that is another."""
+    """A module that gives what it was given, in the middle of those of which that is another.
+
+    Experts run in another form in float64: what is within them is judged by what they give.
+    """
     places: list[tuple[str, nn.Module]] = []
     for name, module, given, output in _calls(port, input_ids):
         same = isinstance(output, Tensor) and output.shape == given.shape
-        if same and not any(module.children()) and not torch.equal(output, given):
+        if (
+            same
+            and ".experts." not in name
+            and not any(module.children())
+            and not torch.equal(output, given)
+        ):
             places.append((name, module))
     name, module = _middle(places)
     module.forward = lambda given, *_, **__: given.clone()  # type: ignore[method-assign]

@@ -27,6 +27,11 @@ class Renamed(nn.Module):
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self.add_module(f"{PREFIX}whole", model)
 
+    def named(self, name: str) -> nn.Module:
+        """The module that the reference calls so."""
+        names = dict(reversed(line.split(" = ")) for line in self.sites.splitlines())
+        return self.get_submodule(names[name])
+
     def forward(
         self, input_ids: Tensor, positions: Tensor, attention_mask: Any, cache: Any = None
     ) -> tuple[Tensor, Any]:

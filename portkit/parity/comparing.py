@@ -22,6 +22,7 @@ from portkit.parity.judging.ledger import (
     SiteAccount,
     difference,
     difference_as_loaded,
+    is_laid_out_alike,
     squares_of,
 )
 from portkit.parity.judging.local import (
@@ -165,16 +166,14 @@ class Comparing:
         theirs = self.reference.parameters(declared)
         for name, ours in declared.items():
             held = theirs.get(name)
-            if self.is_partial:
-                if held is not None and ours.shape == held.shape and bool((ours == held).all()):
-                    self.ledger.parameter(name)
-                continue  # else laid out in its own way: what modules make of it is compared
+            if self.is_partial and (held is None or not is_laid_out_alike(ours, held)):
+                continue  # in its own way: what modules make of it is compared
             account = self.ledger.parameter(name)
             if held is None:
                 account.missing = True
-            elif held.shape != ours.shape or held.dtype != ours.dtype:
+            elif held.shape != ours.shape or (held.dtype != ours.dtype and not self.is_partial):
                 account.misshapen = f"{tuple(ours.shape)} {ours.dtype} against {held.dtype}"
-            elif not is_same_memory(ours, held) and not torch.equal(ours, held):
+            elif not is_same_memory(ours, held) and not bool((ours == held).all()):
                 account.unequal.append(difference_as_loaded(account, ours, held))
                 if self.diagnosis is not None:
                     self.diagnosis.parameter(name, ours, held)

@@ -7,6 +7,7 @@ same upcast, so that one recipe answers both questions, of bits and of functions
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ from portkit.parity.judging.local import Trace
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.reference import Reference, by_name
 from portkit.parity.sides.sites import SiteTable
+from portkit.parity.subject.traits import traits_of
 
 _LAYER = re.compile(r"(?<=\blayers)\.(\d+)(?=\.|$|:|#)")
 ATTENTION = ".self_attn"
@@ -59,9 +61,10 @@ class Facts:
         return int(self.config.num_hidden_layers)
 
     @property
-    def context(self) -> int:
-        """How many tokens the model was made for."""
-        return int(self.config.max_position_embeddings)
+    def context(self) -> float:
+        """How many tokens the model was made for; infinity where no end is known."""
+        found = traits_of(self.reference.model).max_positions
+        return math.inf if found is None else found
 
     def attention(self, site: str) -> str:
         """`model.layers.3.self_attn` of any site within it."""

@@ -26,6 +26,8 @@ NUM_WORST = 3
 PARAMETER = " (parameter)"
 BLOCK = 1 << 24
 """Values that are compared in float64 at a time."""
+_FEW_UNEQUAL = 0.1
+"""Up to this share of a parameter's values, those that differ are wrong ones."""
 _CACHED = 1 << 15
 """Values of which a float64 copy stays in a core's cache."""
 
@@ -195,6 +197,25 @@ class Ledger:
         account.inner = tuple(moved.shape[2:])
         real = real_tokens(one, account.dims, moved.shape[1])
         account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, real)
+
+
+def is_laid_out_alike(port: Tensor, reference: Tensor) -> bool:
+    """Whether a foreign parameter is the reference's place by place, but for a few wrong values.
+
+    One that is transposed, permuted or rounded is equal nearly nowhere, and of many equal values,
+    as a bias may have, the few that differ are then the same values in another order.
+    """
+    if port.shape != reference.shape:
+        return False
+    unequal = port != reference
+    count = int(unequal.sum())
+    if count == 0:
+        return True
+    few = port.dtype == reference.dtype and count <= _FEW_UNEQUAL * unequal.numel()
+    if not few:
+        return False
+    ours, theirs = (one[unequal].sort().values for one in (port, reference))
+    return not torch.equal(ours, theirs)
 
 
 def difference_as_loaded(account: SiteAccount, port: Tensor, reference: Tensor) -> PassRecord:
