@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from parity_tests.conftest import CheckpointMaker
+from portkit.bench import agreement
 from portkit.bench.agreement import compare_tokens, judge_paths
 from portkit.bench.engines import EAGER, READABLE, TRANSFORMERS
 from portkit.bench.true_logits import true_logits
+from portkit.decoding.caches import Kind
+from portkit.generation.loop import Engine
 from portkit.loading import load
 from portkit.readable import ReadableBatch
 
@@ -61,16 +67,34 @@ def test_a_tie_may_fall_either_way(tiny_checkpoint: CheckpointMaker) -> None:
     assert found.first_difference == {"token": 2, "row": 0, "steps": 0.0}
 
 
+def _last_bit_of_one(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+    """Attention whose context is another in the last bit of a head's first number."""
+    context = F.scaled_dot_product_attention(query, key, value, **options)
+    context[..., 0] *= 1 + 2**-7
+    return context
+
+
 def test_paths_are_judged_and_a_wrong_one_diverges(
-    tiny_checkpoint: CheckpointMaker, monkeypatch
+    tiny_checkpoint: CheckpointMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(tiny_checkpoint("gemma3", torch.bfloat16)).model
-    assert judge_paths(model, [READABLE, EAGER, TRANSFORMERS], 509) == {
-        READABLE: "exact",
-        EAGER: "rounding",
-    }
-    from portkit.decoding.caches import Kind
+    seen, own = list[Tensor](), agreement._logits
 
+    def keep(engine: Engine, forced: Tensor) -> Tensor:
+        seen.append(own(engine, forced))
+        return seen[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(agreement, "_logits", keep)
+        found = judge_paths(model, [READABLE, EAGER, TRANSFORMERS], 509)
+    # Whether its sums come out equal is the machine's.
+    readable, eager = seen
+    is_equal = torch.equal(readable, eager)
+    assert found == {READABLE: "exact", EAGER: "exact" if is_equal else "rounding"}
+    with monkeypatch.context() as patched:
+        other = SimpleNamespace(linear=F.linear, scaled_dot_product_attention=_last_bit_of_one)
+        patched.setattr("portkit.decoding.operations.F", other)
+        assert judge_paths(model, [EAGER], 509) == {EAGER: "rounding"}
     monkeypatch.setattr(Kind, "slot", lambda self, past: (past // 2) % self.num_slots)
     assert judge_paths(model, [EAGER], 509) == {EAGER: "diverged"}
 
