@@ -146,7 +146,7 @@ def matrix_of(
     blueprint = draw(open_checkpoint(folder))
     model = materialize(blueprint, dtype, "cpu").model
     reference = load_reference(folder, COMPUTE_DTYPES[dtype])
-    table = sites_of(blueprint.model)
+    table = sites_of(model)
     return decode_matrix(model, reference, table, text_for(model, 0, prompt), packages)
 
 

@@ -73,7 +73,7 @@ def moved(
     blueprint = draw(open_checkpoint(folder))
     model = materialize(blueprint, word, "cpu").model
     reference = load_reference(folder, dtype, kernel)
-    table, probe = sites_of(blueprint.model), choose(model)
+    table, probe = sites_of(model), choose(model)
     caches, linear, counts, place = (dict[str, Any](), dict[str, Any]()), F.linear, [0, 0], 0
 
     def counted(*given: Any) -> Tensor:
@@ -155,7 +155,7 @@ def test_bits_that_hide_an_epsilon_are_asked_in_float64(tiny_checkpoint: Checkpo
     folder = tiny_checkpoint("qwen3 yarn tempered", torch.bfloat16)
     blueprint = draw(open_checkpoint(folder))
     model = materialize(blueprint, "bfloat16", "cpu").model
-    table, probe = sites_of(blueprint.model), quick_probe(model)
+    table, probe = sites_of(model), quick_probe(model)
     found = ConfigMoves(blueprint, model, table, probe)
     one = next(iter(probe))
     (twin,) = (each for each in found._open if each.move.field == "rms_norm_eps")
@@ -326,7 +326,7 @@ def test_a_dtype_that_shows_a_field_settles_it() -> None:
 def test_a_twin_holds_the_ports_own_tensors(tiny_checkpoint: CheckpointMaker) -> None:
     folder = tiny_checkpoint("llama plain heads", torch.float32)
     blueprint, model = draw(open_checkpoint(folder)), load(folder).model
-    table = sites_of(blueprint.model)
+    table = sites_of(model)
     found = ConfigMoves(blueprint, model, table, quick_probe(model))
     held = {one.data_ptr() for one in model.parameters()}
     assert len(found._open) >= 4
