@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from portkit.errors import DataError
+from portkit.json_reading import parse
 
 SEPARATOR = "<|endoftext|>"
 TEXT_KEY = "text"
 _READ_CHARACTERS = 1 << 20
 _LONGEST_FIELD = 1 << 30
+_REMEDY = "fetch it again or repair it"
 _GZIP = b"\x1f\x8b"
 _AS_LINES = (
     "write it as JSON Lines first: python -c \"import pandas; pandas.read_parquet('FILE')"
@@ -117,35 +119,34 @@ def _is_json(line: str) -> bool:
     """Whether a first line begins an object or a list of them."""
     if line.strip() in ("{", "[", "[{"):
         return True
+    return line.lstrip()[:1] in ("{", "[") and _parses(line)
+
+
+def _parses(line: str) -> bool:
+    """Whether it is JSON by itself."""
     try:
-        return line.lstrip()[:1] in ("{", "[") and isinstance(json.loads(line), dict | list)
-    except (ValueError, RecursionError):
+        parse(line, "", _Unreadable)
+    except _Unreadable:
         return False
+    return True
 
 
 def _json_lines(stream: Iterable[str], key: str) -> Iterator[str]:
     for number, line in enumerate(stream, 1):
         if line.strip():
             where = f"line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise _Unreadable(f"is not JSON Lines: {where} is not JSON ({error})") from error
+            record = parse(line, f"is not JSON Lines: {where}", _Unreadable, _REMEDY)
             yield _text(record, key, where)
 
 
 def _json(stream: TextIO, key: str) -> Iterator[str]:
     """A list of records, one record, one whose value is a list of texts, or a record a line."""
-    content = stream.read()
-    try:
-        whole = json.loads(content)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            yield from _json_lines(io.StringIO(content), key)
-            return
-        raise _Unreadable(f"is not JSON ({error}): fetch it again or repair it") from error
-    except (ValueError, RecursionError) as error:
-        raise _Unreadable(f"is not JSON that is read here ({error})") from error
+    content = stream.read().strip()
+    first, _, more = content.partition("\n")
+    if more and _parses(first):
+        yield from _json_lines(io.StringIO(content), key)
+        return
+    whole = parse(content, "as a whole", _Unreadable, _REMEDY)
     if isinstance(whole, dict) and isinstance(whole.get(key), list):
         whole = whole[key]
     for number, record in enumerate(whole if isinstance(whole, list) else [whole], 1):
