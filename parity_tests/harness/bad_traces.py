@@ -175,6 +175,21 @@ UNREADABLE = [
         f": the floor of {MLP} is not made of numbers from 0 on{AGAIN}",
         floor({"rms": -1e-3}),
     ),
+    Bad(
+        "in floats of one byte",
+        f": short/{MLP} is stored as F8_E4M3, which is not compared: cast it{AGAIN}",
+        tensor(f"short/{MLP}", lambda one: one.to(torch.float8_e4m3fn)),
+    ),
+    Bad(
+        "in complex numbers",
+        f": short/{MLP} is stored as C64, which is not compared: cast it{AGAIN}",
+        tensor(f"short/{MLP}", lambda one: one.to(torch.complex64)),
+    ),
+    Bad(
+        "a floor of 400 digits",
+        f": the floor of {MLP} is not made of numbers from 0 on{AGAIN}",
+        floor({"rms": 10**400}),
+    ),
     Bad("a floor in words", f": the floor of {MLP} is not made of numbers", floor("small")),
     Bad(
         "a floor of other channels",

@@ -27,6 +27,10 @@ KEY = "portkit.trace"
 """Where the metadata holds the description."""
 TOKENS = ("position", "query")
 """The dimensions that count tokens; a site has one of them."""
+_COMPARABLE = frozenset(
+    {"F64", "F32", "BF16", "F16", "BOOL", *(f"{sign}{n}" for sign in "IU" for n in (8, 16, 32, 64))}
+)
+"""Torch computes with no others throughout."""
 _OUTER = {"batch", *TOKENS}
 CACHED = ("#key", "#value")
 """Sites that reach back over the cache."""
@@ -83,8 +87,13 @@ class TraceFile:
         """Of how many last tokens of each pass the sites are kept; None: of all."""
         self.is_whole = description.get("whole") is True
         """Whether every site and token of the run is here: nothing was made elsewhere."""
-        stored: list[str] = self._handle.keys()
-        self._shapes = {name: tuple(self._handle.get_slice(name).get_shape()) for name in stored}
+        stored = {name: self._handle.get_slice(name) for name in self._handle.keys()}  # noqa: SIM118
+        self._shapes = {name: tuple(one.get_shape()) for name, one in stored.items()}
+        for name, one in stored.items():
+            if one.get_dtype() not in _COMPARABLE:
+                raise _wrong(
+                    path, f"{name} is stored as {one.get_dtype()}, which is not compared: cast it"
+                )
         self._check_tensors()
 
     def __str__(self) -> str:
@@ -306,8 +315,7 @@ def _is_distance(value: object) -> bool:
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value >= 0
+        and 0 <= value < 1e300  # an integer may have more digits than a float
     )
 
 
