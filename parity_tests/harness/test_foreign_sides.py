@@ -43,7 +43,7 @@ def test_a_function_has_tokens_and_logits(folder: str, capsys: pytest.CaptureFix
         "it cannot be asked in float64: it is no module whose parameters could be held"
     )
     assert left_out["where errors are made"].startswith("one side shows nothing but its logits")
-    assert "model.layers.*.mlp: gate_proj, up_proj, down_proj" in left_out
+    assert "model.layers.*.mlp: gate_proj, act_fn, up_proj, down_proj" in left_out
 
 
 def test_of_a_function_the_floor_decides(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +160,7 @@ def test_a_reference_that_cannot_run_in_float64_leaves_the_truth_to_the_port(
         (["--sites", "FILE:a = b"], "--sites goes with --port or --reference"),
         (
             ["--port", f"{PORTS}:fused", "--sites", "nowhere"],
-            "site pairs in nowhere cannot be read",
+            "nowhere with its site pairs cannot be read",
         ),
         (["--port", f"{PORTS}:bare", "--sites", "FILE:a b"], "'a b' is no pair: write PORT = SITE"),
         (["--port", f"{PORTS}:bare", "--sites", "FILE:a = model.norm"], "port has no module a"),

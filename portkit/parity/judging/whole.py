@@ -154,8 +154,8 @@ class WholeTruth:
         """The floor is the largest distance among the reference's own kernels, at every site."""
         caches = self._caches.setdefault("the other kernel", {})
         with self.reference.other_kernel():
-            if truths is None or self.reference.attention == self.distances.kernel:
-                return
+            if not truths or self.reference.attention == self.distances.kernel:
+                return  # there is no truth, no pass that both sides ran, or no other kernel
             if not self._is_same_function(recordings[0], truths[0]):
                 return
             for one, truth in zip(recordings, truths, strict=True):
