@@ -190,6 +190,11 @@ UNREADABLE = [
         f": the floor of {MLP} is not made of numbers from 0 on{AGAIN}",
         floor({"rms": 10**400}),
     ),
+    Bad(
+        "a floor whose square is none",
+        f": the floor of {MLP} is not made of numbers from 0 on{AGAIN}",
+        floor({"rms": 1e200}),
+    ),
     Bad("a floor in words", f": the floor of {MLP} is not made of numbers", floor("small")),
     Bad(
         "a floor of other channels",

@@ -315,7 +315,7 @@ def _is_distance(value: object) -> bool:
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and 0 <= value < 1e300  # an integer may have more digits than a float
+        and 0 <= value < 1e100  # its square is a number still, and so many digits a float
     )
 
 
