@@ -33,8 +33,9 @@ def flip(weight: Tensor) -> None:
 
 
 def an_epsilon(port: Renamed, input_ids: Tensor) -> str | None:
-    """A hundredth more of it, in the middle one of the modules that have one."""
-    places = [(name, module) for name, module in _ran(port, input_ids) if _epsilon(module)]
+    """A hundredth more of it, in the middle one of the norms: a mixer may hold one for nothing."""
+    ran = [(name, module) for name, module in _ran(port, input_ids) if not any(module.children())]
+    places = [(name, module) for name, module in ran if _epsilon(module)]
     if not places:
         return None
     name, module = _middle(places)
