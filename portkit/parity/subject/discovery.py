@@ -8,7 +8,7 @@ What was not observed is counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from portkit.architecture import CausalLM
 from portkit.parity.judging.local import recorder
 from portkit.parity.probes.probe import Pass, chain
-from portkit.parity.sides.routing import choice_of
+from portkit.parity.sides.routing import EXPERTS
 from portkit.parity.sides.sites import (
     AGAIN,
     EVERYTHING,
@@ -55,6 +55,7 @@ def discover(side: Side, traits: Traits) -> SiteTable:
     """
     found: dict[str, _Found] = {}
     possible: dict[str, frozenset[Order]] = {}
+    routers: set[str] = set()
     caches: dict[str, Any] = {}
     for number, (one, num_past) in enumerate(_passes(traits, side)):
         trace: dict[str, Tensor] = {}
@@ -65,6 +66,7 @@ def discover(side: Side, traits: Traits) -> SiteTable:
             if number == 0:
                 raise
             continue
+        routers |= set(_before_choices(trace))
         for name, tensor in trace.items():
             if AGAIN in name:
                 continue
@@ -77,7 +79,18 @@ def discover(side: Side, traits: Traits) -> SiteTable:
                 kind, may_be = _kind(name), orders(site.first, tensor, one.num_tokens)
                 possible[kind] = possible.get(kind, may_be) & may_be
                 site.first = None
-    return SiteTable({n: _dims(n, one.seen, traits, possible, found) for n, one in found.items()})
+    dims = {name: _dims(name, one.seen, traits, possible) for name, one in found.items()}
+    logits = {name: dims[name].replace(CHANNEL, EXPERT) for name in routers if name in dims}
+    return SiteTable({**dims, **logits})
+
+
+def _before_choices(trace: Iterable[str]) -> Iterator[str]:
+    """Routers: their logits are visited just before their choice."""
+    before = ""
+    for name in trace:
+        if name.endswith(EXPERTS):
+            yield before
+        before = name
 
 
 def _dims(
@@ -85,16 +98,12 @@ def _dims(
     seen: list[Seen],
     traits: Traits,
     possible: Mapping[str, frozenset[Order]],
-    names: Collection[str],
 ) -> str:
     """`possible`: how rows may be merged with something else, by the kind of site."""
     point = POINTS.get(name.rpartition("#")[2])
     if point is not None:
         return point
-    dims = measured(seen, traits.vocab_size, possible.get(_kind(name), (Order.outer,)))
-    if choice_of(name) in names and ":" not in name:
-        return dims.replace(CHANNEL, EXPERT)  # a router's logits
-    return dims
+    return measured(seen, traits.vocab_size, possible.get(_kind(name), (Order.outer,)))
 
 
 def _kind(name: str) -> str:

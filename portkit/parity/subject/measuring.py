@@ -103,7 +103,7 @@ def _words(axes: Sequence[_Axis | None], vocab_size: int, is_batch_first: bool) 
     words: list[str] = []
     steady = [n for n, one in enumerate(axes) if one is not None and not one.follows]
     has_batch = any(one is not None and one.batch for one in axes)
-    first = next((n for n, one in enumerate(axes) if one is not None and one.follows), len(axes))
+    first = next((n for n, one in enumerate(axes) if one is None or one.follows), -1)
     for number, axis in enumerate(axes):
         if axis is None:
             words.append(LENGTH)
