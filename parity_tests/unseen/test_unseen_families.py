@@ -137,3 +137,28 @@ def has_tensor(output: object) -> bool:
     if isinstance(output, tuple | list):
         return any(map(has_tensor, output))
     return isinstance(output, Tensor)
+
+
+def test_it_is_said_that_a_family_has_one_attention_alone(unseen_checkpoint: UnseenMaker) -> None:
+    folder = unseen_checkpoint("gptj")
+    port = renamed(folder, torch.float32, CPU)
+    found = compare(port, folder, dtype="float32", attention="sdpa", probe="quick")
+    assert found.verdict == "exact"
+    assert "the reference has no sdpa attention: it runs its own" in found.notes
+
+
+def test_two_attentions_that_are_two_functions_are_no_floor(unseen_checkpoint: UnseenMaker) -> None:
+    """Falcon's with ALiBi: in Transformers they are a hundredth apart."""
+    folder = unseen_checkpoint("falcon alibi")
+    reference, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel)
+        for kernel in KERNELS
+    )
+    with torch.no_grad():
+        apart = (reference(token_ids()).logits - other(token_ids()).logits).abs().max()
+    assert apart > 1e-3
+    found = compare(renamed(folder, torch.float32, CPU), folder, dtype="float32", probe="quick")
+    assert found.verdict == "exact"
+    (in_dtype,) = found.comparisons
+    floors = [one.floor for one in in_dtype.judgements if one.floor is not None]
+    assert 0 < max(floors) < 1e-6
