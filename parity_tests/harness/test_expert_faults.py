@@ -67,7 +67,7 @@ def fates(maker: CheckpointMaker, name: str, dtype: torch.dtype) -> tuple[Fate, 
     folder = maker(name, dtype)
     loaded: Any = load(folder)
     table = sites_of(loaded.model)
-    return kill_matrix(load_reference(folder, dtype), table, default_probe(loaded.model))
+    return kill_matrix(load_reference(folder, dtype), table, default_probe(loaded.model)).fates()
 
 
 @pytest.mark.parametrize("name", APPLY)

@@ -70,7 +70,7 @@ def test_what_such_a_model_can_get_wrong_is_caught(
     folder = tiny_checkpoint(name, torch.bfloat16)
     loaded: Any = load(folder)
     table, probe = sites_of(loaded.model), default_probe(loaded.model)
-    found = kill_matrix(load_reference(folder, torch.bfloat16), table, probe)
+    found = kill_matrix(load_reference(folder, torch.bfloat16), table, probe).fates()
     assert [one.fault.id for one in found if one.survived] == []
     assert {one.fault.id for one in found if one.killed} & OF_THESE == APPLY[name]
 

@@ -48,7 +48,7 @@ def matrix(
     folder = make(name, dtype)
     loaded, reference = load(folder, attention=kernel), load_reference(folder, dtype, kernel)
     assert callable(choose)
-    fates = kill_matrix(reference, sites_of(loaded.model), choose(loaded.model), gate)
+    fates = kill_matrix(reference, sites_of(loaded.model), choose(loaded.model), gate).fates()
     assert [one.fault for one in fates] == list(CATALOGUE)
     return {one.fault.id: one for one in fates}
 

@@ -16,6 +16,7 @@ from portkit.columns import table
 if TYPE_CHECKING:
     from portkit.parity.teeth.fates import Teeth
 
+NO_TWIN = "they are moved in portkit's own port, and it has none of this family"
 HEADINGS = ("fault", "caught by", "where", "in", "margin")
 
 
@@ -62,7 +63,9 @@ def command(
     probe, found = measure(question, tell=parity.tell)
     parity.tell("")
     if json:
-        print_json("faults", gate=passing, probe=probe.name, **fates.as_fields(found))
+        asked = [] if found.config is not None else [{"name": "config", "reason": NO_TWIN}]
+        fields = {**fates.as_fields(found), "not_asked": asked}
+        print_json("faults", gate=passing, probe=probe.name, **fields)
     else:
         say(f"{repo}: the {probe.name} probe at the gate {passing} {found.line}")
         _print(found)
@@ -85,9 +88,15 @@ def _print(found: Teeth) -> None:
     print(f"\n{table([HEADINGS, *rows])}")
     for one in found.survived:
         say(f"survived: {one.fault.id} ({one.survived})")
-    print("\nfields of the config, and where another value of each is seen:")
-    for field in found.config:
-        say(f"  {field.field}: {'not seen: ' if field.seen is False else ''}{field.by}")
+    if found.config is None:
+        say(f"not asked: fields of the config ({NO_TWIN})")
+    else:
+        print("\nfields of the config, and where another value of each is seen:")
+        for field in found.config:
+            say(f"  {field.field}: {'not seen: ' if field.seen is False else ''}{field.by}")
+    if found.without_recipe:
+        print("\nkinds of sites that have no recipe, at which no fault was tried:")
+        say("  " + ", ".join(found.without_recipe))
     others = [one.fault.id for one in found.fates if not one.applies]
     print(f"\n{plural(len(others), 'fault')} not applicable to this model and dtype:")
     say("  " + ", ".join(others))

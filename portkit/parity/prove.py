@@ -25,7 +25,7 @@ from portkit.parity.probes.probing import training_batch, unexercised
 from portkit.parity.question import Question
 from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
-from portkit.parity.sides.making import Sides, make_sides
+from portkit.parity.sides.making import Sides, make_sides, make_subject
 from portkit.parity.sides.sharing import share_parameters
 from portkit.parity.sides.sites import CannotRun, PortSide, SiteTable
 from portkit.parity.subject.traits import Traits
@@ -33,6 +33,7 @@ from portkit.parity.teeth.fates import Teeth, chosen, merged
 from portkit.parity.teeth.kill import KillMatrix, kill_matrix
 from portkit.parity.teeth.moving import ConfigMoves
 from portkit.parity.teeth.sensitivity import Sensitivity, settled
+from portkit.registry import is_ported
 from portkit.tokenizer import Tokenizer
 
 CARE = torch.bfloat16
@@ -73,7 +74,11 @@ def prove(question: Question, tell: Tell = lambda _: None) -> ParityResult:
     fates = [one.fates for one in result.comparisons]
     if question.faults == "off" or not any(fates):
         return result
-    found = merged(fates, [one.config for one in result.comparisons])
+    found = merged(
+        fates,
+        [one.config for one in result.comparisons],
+        [one.kinds for one in result.comparisons],
+    )
     return replace(result, teeth=found, not_verified=(*result.not_verified, *_uncaught(found)))
 
 
@@ -90,22 +95,39 @@ def _opened(question: Question) -> tuple[Checkpoint | None, torch.dtype]:
 
 
 def measure(question: Question, tell: Tell = lambda _: None) -> tuple[Probe, Teeth]:
-    """What the question's probe would have caught, without running the port."""
+    """What the question's probe would have caught, without running the port.
+
+    Of a family that has none of ours no field of the config is moved.
+    """
     checkpoint = open_checkpoint(question.repo, question.revision)
     asked = resolve_dtype(question.dtype, checkpoint)
-    fates, probes, configs = [], [], list[tuple[Sensitivity, ...]]()
+    matrices, configs = list[KillMatrix](), list[tuple[Sensitivity, ...]]()
+    has_port = is_ported(checkpoint.config)
     with memory_watched():
         for dtype in dict.fromkeys((asked, CARE)):
-            prepared = _prepare(question, checkpoint, dtype, tell)
-            reference, probe = prepared.sides.reference, prepared.probe
-            assert isinstance(reference, Reference), "nothing else stands in its place"
-            probe = probe if dtype == asked else _care_probe(probe)
-            table, moved = prepared.sides.table, _moved(question, probe)
-            fields = _config_moves(prepared, table, moved, settled(*configs))
-            fates.append(kill_matrix(reference, table, moved, question.gate, tell, fields.see))
-            configs.append(fields.found())
-            probes.append(probe)
-    return probes[0], merged(fates, configs)
+            care = dtype != asked
+            if has_port:
+                prepared = _prepare(question, checkpoint, dtype, tell)
+                moved = _moved(question, _care_probe(prepared.probe) if care else prepared.probe)
+                fields = _config_moves(prepared, prepared.sides.table, moved, settled(*configs))
+                reference, table = prepared.sides.reference, prepared.sides.table
+                assert isinstance(reference, Reference), "nothing else stands in its place"
+                matrix = kill_matrix(reference, table, moved, question.gate, tell, fields.see)
+                configs.append(fields.found())
+            else:
+                tell(f"load in {_word(dtype)}")
+                subject = make_subject(question, checkpoint, dtype)
+                probe = question.choose_probe(subject.traits, checkpoint.files)
+                check_fits(probe, subject.traits.vocab_size, subject.traits.max_positions)
+                moved = _moved(question, _care_probe(probe) if care else probe)
+                matrix = kill_matrix(subject.reference, subject.table, moved, question.gate, tell)
+            matrices.append(matrix)
+    found = merged(
+        [one.fates() for one in matrices],
+        configs if has_port else None,
+        [one.kinds for one in matrices],
+    )
+    return matrices[0].probe, found
 
 
 def _uncaught(found: Teeth) -> Iterator[NotVerified]:
@@ -114,7 +136,7 @@ def _uncaught(found: Teeth) -> Iterator[NotVerified]:
         assert one.survived is not None, "it survived"
         if one.survived.startswith("beyond"):
             yield NotVerified(f"fault {one.fault.id}", one.survived)
-    for each in found.config:
+    for each in found.config or ():
         if each.seen is False:
             yield NotVerified(f"config: {each.field}", each.by)
 
@@ -195,7 +217,7 @@ def _compare(
     matrix = KillMatrix(sides.reference, table, moved, question.gate, faults)
     fields = _config_moves(prepared, table, moved, known)
     found = compare(sides.port, sides.reference, table, moved, tell, (matrix, fields))
-    return replace(found, fates=matrix.fates(), config=fields.found())
+    return replace(found, fates=matrix.fates(), config=fields.found(), kinds=matrix.kinds)
 
 
 def _config_moves(

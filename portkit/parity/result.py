@@ -5,6 +5,7 @@ Knows the words and the order of verdicts; computes no distance and prints nothi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,8 @@ class Comparison:
     """What became of each fault of the catalogue that was tried."""
     config: tuple[Sensitivity, ...] = ()
     """Which fields of the config the probe sees."""
+    kinds: Mapping[str, bool] = field(default_factory=dict)
+    """Of each kind of site, whether a recipe is known that a fault could edit."""
     notes: tuple[str, ...] = ()
     causes: dict[str, Cause] = field(default_factory=dict)
     """Why each culprit differs, as far as it is known."""

@@ -108,6 +108,36 @@ def norms(scene: Scene, site: str, module: nn.Module) -> Iterator[Norm]:
 
 
 @dataclass(frozen=True)
+class LayerNorm:
+    """torch's own, of the last dimension of a module's recorded input."""
+
+    weight: str | None
+    bias: str | None
+    eps: float
+    centred: bool = True
+
+    def run(self, scene: Scene, site: str) -> Tensor | None:
+        x = scene.at(f"{site}:in")
+        if x is None:
+            return None
+        weight, bias = (
+            None if name is None else scene.parameter(name) for name in (self.weight, self.bias)
+        )
+        if self.centred:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+        made = F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        return made if bias is None else made + bias
+
+
+def layer_norm(scene: Scene, site: str, module: nn.LayerNorm) -> LayerNorm:
+    weight, bias = (
+        own if (own := f"{site.partition(AGAIN)[0]}.{part}") in scene.facts.parameters else None
+        for part in ("weight", "bias")
+    )
+    return LayerNorm(weight, bias, module.eps)
+
+
+@dataclass(frozen=True)
 class Linear:
     """A linear map of a module's recorded input."""
 

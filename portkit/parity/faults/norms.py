@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from portkit.parity.faults.fault import Edit, Fault, Place, either, on
-from portkit.parity.faults.modules import Norm
+from portkit.parity.faults.modules import LayerNorm, Norm
 from portkit.parity.faults.recipe import Recipe
 from portkit.parity.faults.scene import layer_of
 from portkit.parity.faults.wiring import Copy, Sum
@@ -24,10 +24,14 @@ def _edit(**changes: object) -> Edit:
     return on(Norm, edit)
 
 
-def _epsilons(norm: Norm, place: Place) -> Iterator[Norm]:
+def _epsilons(norm: Norm | LayerNorm, place: Place) -> Iterator[Recipe]:
     for eps in _EPSILONS:
         if eps != norm.eps:
             yield replace(norm, eps=eps)
+
+
+def _mean_kept(norm: Norm | LayerNorm, place: Place) -> Iterable[Recipe]:
+    return (replace(norm, centred=False),) if norm.centred else ()
 
 
 def _cast_first(norm: Norm, place: Place) -> Iterable[Norm]:
@@ -168,8 +172,8 @@ FAULTS = (
     Fault(
         "norm.epsilon",
         "has another epsilon in this norm",
-        "read `rms_norm_eps` of the config, not a default",
-        on(Norm, _epsilons),
+        "read it of the config, as `rms_norm_eps`, and take no default",
+        either(on(Norm, _epsilons), on(LayerNorm, _epsilons)),
         fits=True,
     ),
     Fault(
@@ -218,7 +222,7 @@ FAULTS = (
         "norm.mean_kept",
         "does not subtract the mean, as an RMSNorm does not",
         "this is a LayerNorm: subtract the mean, then divide by the deviation",
-        on(Norm, lambda n, _: (replace(n, centred=False),) if n.centred else ()),
+        either(on(Norm, _mean_kept), on(LayerNorm, _mean_kept)),
     ),
     Fault(
         "norm.missing",

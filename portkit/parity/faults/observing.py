@@ -40,6 +40,16 @@ def candidates(scene: Scene, site: str) -> Iterator[Recipe]:
         yield from _of_module(scene, site)
 
 
+def is_shown_by_parameters(scene: Scene, site: str) -> bool:
+    """Whether there is nothing to mistake at a site that its parameters would not show."""
+    module = scene.facts.modules.get(site)
+    return (
+        isinstance(module, nn.Linear)
+        and f"{site}.bias" not in scene.facts.parameters
+        and module.in_features != module.out_features
+    )
+
+
 def _functional(scene: Scene, site: str) -> Iterator[Recipe]:
     role = site.partition("#")[2]
     if role.startswith(("cos", "sin")):
@@ -84,12 +94,13 @@ def _of_module(scene: Scene, site: str) -> Iterator[Recipe]:
     elif choosing.is_router(scene, site) or site.endswith("_coefs"):
         yield modules.Linear(f"{site}.weight", None)
     elif isinstance(module, nn.Linear):
-        bias = None if f"{site}.bias" not in scene.facts.parameters else f"{site}.bias"
-        if bias is None and module.in_features != module.out_features:
-            return  # there is nothing to mistake that its parameters would not show
-        yield modules.Linear(f"{site}.weight", bias)
+        if not is_shown_by_parameters(scene, site):
+            bias = f"{site}.bias" if f"{site}.bias" in scene.facts.parameters else None
+            yield modules.Linear(f"{site}.weight", bias)
     elif isinstance(module, nn.Embedding):
         yield from modules.embeddings(scene, site, module)
+    elif isinstance(module, nn.LayerNorm):
+        yield modules.layer_norm(scene, site, module)
     elif "norm" in site.rpartition(".")[2]:
         yield from modules.norms(scene, site, module)
     else:

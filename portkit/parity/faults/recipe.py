@@ -50,11 +50,6 @@ class Cookbook:
             self._known[site] = next(as_far_as_known(found), None)
         return self._known.get(site)
 
-    @property
-    def num_unknown(self) -> int:
-        """How many sites were asked for and have no recipe."""
-        return sum(one is None for one in self._known.values())
-
 
 T = TypeVar("T")
 

@@ -24,8 +24,9 @@ from portkit.parity.reference import Reference, by_name
 from portkit.parity.sides.sites import SiteTable
 from portkit.parity.subject.traits import traits_of
 
-_LAYER = re.compile(r"(?<=\blayers)\.(\d+)(?=\.|$|:|#)")
+_LAYER = re.compile(r"(?:(?<=\blayers)|(?<=\blayer)|(?<=\bblocks)|(?<=\bh))\.(\d+)(?=\.|$|:|#)")
 ATTENTION = ".self_attn"
+_QUERY = "#query"
 
 
 class Facts:
@@ -42,7 +43,11 @@ class Facts:
             for own, parameter in module.named_parameters(recurse=False)
         }
         self.dtype = next(reference.model.parameters()).dtype
-        self.attentions = [name for name in self.modules if name.endswith(ATTENTION)]
+        self.attentions = [
+            name
+            for name in self.modules
+            if name.endswith(ATTENTION) or table.dims(f"{name}{_QUERY}") is not None
+        ]
         lists = [v for v in vars(self.config).values() if isinstance(v, list | tuple)]
         by_layer = [one for one in lists if len(one) == self.num_layers]
         self._traits = [tuple(str(one[i]) for one in by_layer) for i in range(self.num_layers)]
@@ -54,7 +59,7 @@ class Facts:
 
     def traits(self, layer: int | None) -> tuple[str, ...]:
         """What the config's lists with an entry a layer say of one."""
-        return () if layer is None else self._traits[layer]
+        return () if layer is None or layer >= self.num_layers else self._traits[layer]
 
     @property
     def num_layers(self) -> int:
@@ -68,7 +73,13 @@ class Facts:
 
     def attention(self, site: str) -> str:
         """`model.layers.3.self_attn` of any site within it."""
-        return site[: site.index(ATTENTION) + len(ATTENTION)]
+        if ATTENTION in site:
+            return site[: site.index(ATTENTION) + len(ATTENTION)]
+        within = (one for one in self.attentions if re.match(rf"{re.escape(one)}(?=[.#:]|$)", site))
+        found = next(within, None)
+        if found is None:
+            raise LookupError(f"{site} is within no attention")
+        return found
 
     def window(self, attention: str) -> int | None:
         """How many keys a layer's query sees, itself included; None: all."""

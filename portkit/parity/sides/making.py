@@ -40,6 +40,15 @@ from portkit.registry import architecture_of
 
 
 @dataclass(frozen=True)
+class Subject:
+    """Transformers by itself, and what a port of it would be compared at."""
+
+    reference: Reference
+    table: SiteTable
+    traits: Traits
+
+
+@dataclass(frozen=True)
 class Sides:
     """Both sides of one comparison, what they are compared at, and what was done to have them."""
 
@@ -76,10 +85,8 @@ class _Making:
         blueprint = self._drawn() if question.port is None else None
         if question.reference is not None:
             return self._beside_foreign(question.reference, blueprint)
-        reference = self._transformers()
-        traits = traits_of(reference.model)
-        check_layers(question, traits.num_layers)
-        table = _discovered(reference, traits)
+        subject = self.subject()
+        reference, table, traits = subject.reference, subject.table, subject.traits
         if blueprint is not None:
             port: Side = self._ours(blueprint)
             return self._found((port, reference), table.shown_by(port), traits, blueprint)
@@ -87,6 +94,12 @@ class _Making:
         around = Surroundings(table, reference.module_sites(), traits.vocab_size)
         port = self._foreign(question.port, question.sites, around)
         return self._found((port, reference), table, traits, None)
+
+    def subject(self) -> Subject:
+        reference = self._transformers()
+        traits = traits_of(reference.model)
+        check_layers(self._question, traits.num_layers)
+        return Subject(reference, _discovered(reference, traits), traits)
 
     @property
     def _checkpoint(self) -> Checkpoint:
@@ -243,6 +256,11 @@ def _vocabulary(call: Callable[..., Any]) -> int:
 
 def _kernel_of(model: Any) -> str:
     return getattr(model.config, "_attn_implementation", None) or "eager"
+
+
+def make_subject(question: Question, checkpoint: Checkpoint, dtype: torch.dtype) -> Subject:
+    """Load the reference alone. Raises a `PortkitError`."""
+    return _Making(question, checkpoint, dtype).subject()
 
 
 def _discovered(side: Side, traits: Traits) -> SiteTable:

@@ -76,7 +76,7 @@ def discover(side: Side, traits: Traits) -> SiteTable:
             if one.name == FIRST:
                 site.first = tensor
             elif one.name == OTHER and site.first is not None:
-                kind, may_be = _kind(name), orders(site.first, tensor, one.num_tokens)
+                kind, may_be = kind_of(name), orders(site.first, tensor, one.num_tokens)
                 possible[kind] = possible.get(kind, may_be) & may_be
                 site.first = None
     dims = {name: _dims(name, one.seen, traits, possible) for name, one in found.items()}
@@ -103,10 +103,10 @@ def _dims(
     point = POINTS.get(name.rpartition("#")[2])
     if point is not None:
         return point
-    return measured(seen, traits.vocab_size, possible.get(_kind(name), (Order.outer,)))
+    return measured(seen, traits.vocab_size, possible.get(kind_of(name), (Order.outer,)))
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """The same for each layer's: in one whose experts were not chosen there is little to see."""
     return re.sub(r"(?<=\.)\d+(?=[.#:]|$)", "*", name)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from portkit.parity.faults.catalogue import CATALOGUE
@@ -28,8 +28,10 @@ class Teeth:
     """The fate of every fault that was tried, in the catalogue's order."""
 
     fates: tuple[Fate, ...]
-    config: tuple[Sensitivity, ...] = ()
-    """Which fields of the config the probe sees."""
+    config: tuple[Sensitivity, ...] | None = None
+    """Which fields of the config the probe sees; None: they were not moved."""
+    kinds: Mapping[str, bool] = field(default_factory=dict)
+    """Of each kind of site, whether a recipe is known, without which no fault is tried there."""
 
     @property
     def applicable(self) -> int:
@@ -44,21 +46,36 @@ class Teeth:
         return tuple(one for one in self.fates if one.survived is not None)
 
     @property
+    def without_recipe(self) -> tuple[str, ...]:
+        """The kinds of sites of which nothing is known that a fault could edit."""
+        return tuple(kind for kind, is_known in self.kinds.items() if not is_known)
+
+    @property
     def line(self) -> str:
         """`would have caught 88 of 88 applicable faults and sees 17 of 17 fields of the config`."""
         caught = f"would have caught {self.killed} of {self.applicable} applicable faults"
-        return f"{caught} and {fields_seen(self.config)}"
+        seen = "" if self.config is None else f" and {fields_seen(self.config)}"
+        lacking = f"{len(self.without_recipe)} of {len(self.kinds)} kinds of sites have no recipe"
+        return f"{caught}{seen}; {lacking}"
 
 
 def merged(
-    matrices: Sequence[tuple[Fate, ...]], configs: Sequence[tuple[Sensitivity, ...]]
+    matrices: Sequence[tuple[Fate, ...]],
+    configs: Sequence[tuple[Sensitivity, ...]] | None,
+    kinds: Sequence[Mapping[str, bool]],
 ) -> Teeth:
-    """Of each fault the first fate that tells: it was caught, or why it was not."""
+    """Of each fault the first fate that tells: it was caught, or why it was not.
+
+    `configs` is None where no field was moved.
+    """
     told: list[Fate] = []
     for each in zip(*matrices, strict=True):
         killed = next((one for one in each if one.killed), None)
         told.append(killed or next((one for one in each if one.applies), each[0]))
-    return Teeth(tuple(told), over_dtypes(configs))
+    known: dict[str, bool] = {}
+    for one in kinds:
+        known |= {kind: found or known.get(kind, False) for kind, found in one.items()}
+    return Teeth(tuple(told), None if configs is None else over_dtypes(configs), known)
 
 
 def chosen(amount: str) -> tuple[Fault, ...]:
@@ -101,5 +118,7 @@ def counts(teeth: Teeth) -> dict[str, Any]:
         "applicable": teeth.applicable,
         "killed": teeth.killed,
         "survived": [{"name": one.fault.id, "reason": one.survived} for one in teeth.survived],
-        "config": config_as_fields(teeth.config),
+        "config": config_as_fields(teeth.config or ()),
+        "kinds_of_sites": len(teeth.kinds),
+        "without_recipe": list(teeth.without_recipe),
     }

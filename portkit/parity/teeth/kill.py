@@ -19,7 +19,7 @@ from portkit.parity.faults.attending import Kernel
 from portkit.parity.faults.catalogue import CATALOGUE
 from portkit.parity.faults.fault import Fault, Place
 from portkit.parity.faults.needs import Feeding
-from portkit.parity.faults.observing import candidates
+from portkit.parity.faults.observing import candidates, is_shown_by_parameters
 from portkit.parity.faults.recipe import Cookbook, Recipe
 from portkit.parity.faults.rotary import Rotation, Tables
 from portkit.parity.faults.scene import Facts, Scene, Scenes, representatives
@@ -31,6 +31,7 @@ from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.reference import Reference
 from portkit.parity.sides.sites import LOGITS, SiteTable, watching
 from portkit.parity.subject.dims import rows, same_shape
+from portkit.parity.subject.discovery import kind_of
 
 AS_LOADED = "as loaded"
 _ROWS = 512
@@ -89,6 +90,8 @@ class KillMatrix:
         """Faults for which there is a place in this model."""
         self._trials: dict[tuple[str, str], _Trial] = {}
         self._passes = 0
+        self.kinds: dict[str, bool] = {}
+        """Of each kind of site that was recorded, whether what stands there is known."""
 
     @torch.no_grad()
     def see(self, one: Pass, trace: Trace) -> None:
@@ -99,6 +102,8 @@ class KillMatrix:
         sites = [*trace, *([LOGITS] if "lm_head" in trace and LOGITS not in trace else [])]
         for site in representatives(self.facts, sites):
             recipe = self.book.recipe(scene, site)
+            known = recipe is not None or is_shown_by_parameters(scene, site)
+            self.kinds[kind_of(site)] = known or self.kinds.get(kind_of(site), False)
             if recipe is not None:
                 self._try_at(scene, site, recipe)
         self._passes += 1
@@ -240,7 +245,7 @@ def kill_matrix(
     gate: str = "exact",
     tell: Callable[[str], None] = lambda _: None,
     beside: Callable[[Pass, Trace], None] = lambda *_: None,
-) -> tuple[Fate, ...]:
+) -> KillMatrix:
     """Run the probe once on the reference, and every fault on what is recorded.
 
     `beside` is shown what was recorded, too.
@@ -255,7 +260,7 @@ def kill_matrix(
         if "lm_head" in trace:
             trace[LOGITS] = logits
         beside(one, trace)
-    return matrix.fates()
+    return matrix
 
 
 def _relative(gap: Tensor, truth: Tensor) -> float:
