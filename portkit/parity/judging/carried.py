@@ -10,13 +10,14 @@ which is much less.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from portkit.parity.judging.judge import CHANNEL_FACTOR, FLOOR_FACTOR, Judgement, Verdict, relative
 from portkit.parity.judging.ledger import Distance, SiteAccount, difference, squares_of
+from portkit.parity.judging.tables import is_table, within_frequencies
 from portkit.parity.probes.probe import Pass
 from portkit.parity.subject.dims import rows, same_shape
 from portkit.parity.traces.trace_file import RecordedFloor, token_place
@@ -32,6 +33,8 @@ class CarriedErrors:
         self.shortened = False
         """Whether one side had more tokens of a site than the other."""
         self.mixed_dtypes: set[str] = set()
+        self._turned: set[str] = set()
+        """Rotary tables that are further apart than rounded frequencies make them."""
 
     def account(self, site: str, dims: str) -> SiteAccount:
         return self.accounts.setdefault(site, SiteAccount(site, dims, is_glue=":in" in site))
@@ -54,6 +57,8 @@ class CarriedErrors:
             wide = torch.promote_types(ours.dtype, theirs.dtype)  # which holds the values of both
             ours, theirs = ours.to(wide), theirs.to(wide)
         found = difference(one, dims, ours, theirs)
+        if found is not None and is_table(site) and not within_frequencies(one, ours, theirs):
+            self._turned.add(site)
         if found is not None:
             account.unequal.append(found)
             account.carried.append(one.name)
@@ -61,22 +66,43 @@ class CarriedErrors:
             a, b = rows(ours, dims, one), rows(theirs, dims, one)
             _add(account, a, b, is_equal=found is None)
 
+    def _is_near(self, account: SiteAccount) -> bool:
+        """A table that differs, and by no more than another rounding of its frequencies."""
+        name = account.name
+        compared = account.misshapen is None and not account.missing and not account.exact
+        return compared and is_table(name) and name not in self._turned
+
     def _misshapen(self, account: SiteAccount, one: Pass, pair: tuple[Tensor, Tensor]) -> None:
         ours, theirs = (f"{list(each.shape)} {_word(each)}" for each in pair)
         account.misshapen = account.misshapen or f"{ours} against {theirs} in {one.name}"
         account.carried.append(one.name)
 
-    def judge(self, floors: Floors | None, is_whole: bool) -> tuple[Judgement, ...]:
-        """Judge every site; `is_whole`: nothing before a site was left out."""
+    def judge(
+        self, floors: Floors | None, is_whole: bool, left_out: Iterable[str] = ()
+    ) -> tuple[Judgement, ...]:
+        """Judge every site. `is_whole`: nothing was left out before one, but the sites `left_out`:
+        what they would have shown is in doubt within the modules that they are parts of.
+        """
+        doubtful = {site.partition(":")[0].rpartition(".")[0] for site in left_out}
         found: list[Judgement] = []
         for account in self.accounts.values():
             before = {one.verdict for one in found}
             floor = (floors or {}).get(account.name)
             if Verdict.diverged in before and not account.exact:
                 found.append(_judgement(account, Verdict.inconclusive))
+            elif floor is not None and self._is_near(account):
+                found.append(_judgement(account, Verdict.rounding, None, floor.rms))
             else:
-                found.append(_judge(account, floor, is_whole and before <= {Verdict.exact}))
+                is_sure = is_whole and not _is_within(account.name, doubtful)
+                found.append(_judge(account, floor, is_sure and before <= {Verdict.exact}))
         return tuple(found)
+
+
+def _is_within(site: str, modules: Iterable[str]) -> bool:
+    return any(
+        site == one or site.startswith((f"{one}." if one else "", f"{one}#", f"{one}:"))
+        for one in modules
+    )
 
 
 def _judge(account: SiteAccount, floor: RecordedFloor | None, is_first: bool) -> Judgement:

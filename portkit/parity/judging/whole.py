@@ -24,11 +24,11 @@ from portkit.parity.judging.precision import (
     held_in_float64,
     ran_out_of_memory,
 )
+from portkit.parity.judging.tables import is_table, within_frequencies
 from portkit.parity.sides.fitting import Fitting
 from portkit.parity.sides.sites import LOGITS, CannotRun, Side, SiteTable, watching
 from portkit.parity.subject.dims import rows
 
-_TABLES = ("#cos", "#sin")
 _SAME_KERNEL = 1e-9
 """Relative RMS in float64 up to which two kernels are one function: masks of the dtype's lowest
 number, and sums in another order, stay far below."""
@@ -122,7 +122,7 @@ class WholeTruth:
                 return tensor
             if site in one.seen:
                 found[site] = tensor.clone()  # of a buffer that is written later, it may be a part
-            elif not (tables and _is_table(site)):
+            elif not (tables and is_table(site)):
                 return tensor
             return in_place_of(tensor, recorded)
 
@@ -215,7 +215,7 @@ class WholeTruth:
         float64, and as recorded.
         """
         for site, port in ours.items():
-            if _is_table(site) and _within_frequencies(one, port, variants[0].get(site)):
+            if is_table(site) and within_frequencies(one.run, port, variants[0].get(site)):
                 continue
             truths = [found for each in variants if (found := each.get(site)) is not None]
             dims = self.ledger.site(site).dims
@@ -233,20 +233,8 @@ class WholeTruth:
             self.notes.append(note)
 
 
-def _is_table(site: str) -> bool:
-    return any(each in site for each in _TABLES)
-
-
-def _within_frequencies(one: Recording, port: Tensor, truth: Tensor | None) -> bool:
-    """Whether two tables are as near as frequencies that one of them rounds to float32."""
-    if truth is None or truth.shape != port.shape:
-        return False
-    turned = float(one.run.positions.max()) * torch.finfo(torch.float32).eps
-    return float((port - truth).abs().max()) <= turned
-
-
 def _tables_are_hidden(one: Recording) -> bool:
-    tables = [site for site in one.trace if _is_table(site)]
+    tables = [site for site in one.trace if is_table(site)]
     return bool(tables) and not one.seen.intersection(tables)
 
 

@@ -164,8 +164,8 @@ def _compare_carried(held: _Held, seen: set[str], tell: Tell) -> Comparison:
         for site in trace.recorded(one):
             if site in errors.accounts and site not in here:
                 errors.accounts[site].missing = True
-    is_whole = trace.is_whole and not [n for n in _outputs(seen) if n not in errors.accounts]
-    judgements = errors.judge(trace.floors, is_whole)
+    left_out = [name for name in _outputs(seen) if name not in errors.accounts]
+    judgements = errors.judge(trace.floors, trace.is_whole, left_out)
     return Comparison(trace.provenance.dtype, trace.probe, judgements, errors.accounts)
 
 

@@ -60,8 +60,8 @@ def diff(first: TraceFile, second: TraceFile) -> TraceDiff:
     left_out = [*_left_out(first, second, passes), *_tokens_left_out(errors)]
     floors = second.floors if first.floors is None else first.floors
     source = second if first.floors is None else first
-    is_whole = source.is_whole and not left_out and not only_first
-    judgements = errors.judge(floors, is_whole)
+    is_whole = source.is_whole and not left_out
+    judgements = errors.judge(floors, is_whole, only_first)
     comparison = Comparison(
         first.provenance.dtype,
         Probe(first.probe.name, passes),
