@@ -22,7 +22,7 @@ from portkit.parity.comparing import compare
 from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.sides.sites import PortSide
-from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.discovery import sites_between, sites_of
 
 ONE_OF_EACH = [
     "llama3",
@@ -168,5 +168,5 @@ def test_a_wrong_piece_is_named_as_itself(name: str, tiny_checkpoint: Checkpoint
     probe = quick_probe(loaded.model)
     port = PortSide(loaded.model, probe.longest)
     reference = load_reference(folder, torch.bfloat16)
-    result = compare(port, reference, sites_of(loaded.model), probe)
+    result = compare(port, reference, sites_between(port, reference), probe)
     assert result.culprits[0].site == site, [one.site for one in result.culprits[:5]]

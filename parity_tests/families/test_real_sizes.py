@@ -30,7 +30,7 @@ from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.result import Comparison
 from portkit.parity.sides.sites import PortSide
-from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.discovery import sites_between
 
 MAKE_CHECKPOINT = Path(__file__).resolve().parents[2] / "tools" / "make_checkpoint.py"
 KERNELS = ["sdpa", "eager"]
@@ -140,7 +140,7 @@ def compared(folder: Path, kernel: str, choose: Callable[[CausalLM], Probe]) -> 
     reference = load_reference(folder, getattr(torch, loaded.report.dtype), kernel)
     probe = choose(loaded.model)
     port = PortSide(loaded.model, probe.longest)
-    return compare(port, reference, sites_of(loaded.model), probe)
+    return compare(port, reference, sites_between(PortSide(loaded.model), reference), probe)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison
 from portkit.parity.sides.sites import PortSide
-from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.discovery import sites_between
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Judging:
 
 
 def hold_against(reference: Reference, loaded: LoadedModel, probe: Probe) -> Comparison:
-    table = sites_of(loaded.model)
+    table = sites_between(PortSide(loaded.model), reference)
     return compare(PortSide(loaded.model, probe.longest), reference, table, probe)
 
 

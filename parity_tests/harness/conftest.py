@@ -18,7 +18,7 @@ from portkit.parity.reports import report
 from portkit.parity.reports.schema import as_fields
 from portkit.parity.result import NotVerified, ParityResult
 from portkit.parity.sides.sites import PortSide
-from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.discovery import sites_between
 
 CULPRIT = "model.layers.3.self_attn#context"
 
@@ -36,8 +36,8 @@ def diverged(tiny_checkpoint: CheckpointMaker) -> ParityResult:
     loaded = load(folder)
     loaded.model.model.layers[3].self_attn.attend.scale *= 1.01
     probe = quick_probe(loaded.model)
-    table = sites_of(loaded.model)
     reference = load_reference(folder, torch.bfloat16, "sdpa")
+    table = sites_between(PortSide(loaded.model), reference)
     found = compare(PortSide(loaded.model, probe.longest), reference, table, probe)
     left_out = NotVerified("left padding", "no row of it"), NotVerified("far", "none", True)
     return ParityResult((found,), None, left_out, ("a note",))

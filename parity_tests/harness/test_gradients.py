@@ -29,7 +29,7 @@ from portkit.parity.gradients import GradientParity, compare_gradients
 from portkit.parity.judging.judge import Verdict
 from portkit.parity.reference import load_reference
 from portkit.parity.sides.sites import PortSide
-from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.discovery import sites_between
 from portkit.training.objective import Objective
 
 MAKE_CHECKPOINT = Path(__file__).resolve().parents[2] / "tools" / "make_checkpoint.py"
@@ -58,7 +58,7 @@ def run(
     dtype = next(loaded.model.parameters()).dtype
     theirs = load_reference(loaded.files.origin, dtype, reference or kernel)
     port = PortSide(loaded.model, ids.shape[1])
-    return compare_gradients(port, theirs, sites_of(loaded.model), ids)
+    return compare_gradients(port, theirs, sites_between(PortSide(loaded.model), theirs), ids)
 
 
 def is_exact(found: GradientParity) -> bool:

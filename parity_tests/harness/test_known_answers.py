@@ -17,7 +17,7 @@ from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.result import Comparison
 from portkit.parity.sides.sites import PortSide
-from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.discovery import sites_between
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -26,7 +26,7 @@ def run(loaded: LoadedModel, attention: str = "sdpa") -> Comparison:
     dtype = next(loaded.model.parameters()).dtype
     reference = load_reference(loaded.files.origin, dtype, attention)
     probe = default_probe(loaded.model)
-    table = sites_of(loaded.model)
+    table = sites_between(PortSide(loaded.model), reference)
     return compare(PortSide(loaded.model, probe.longest), reference, table, probe)
 
 

@@ -16,7 +16,7 @@ from portkit.parity.probes.probing import default_probe, quick_probe, thorough_p
 from portkit.parity.reference import load_reference
 from portkit.parity.result import Comparison
 from portkit.parity.sides.sites import PortSide
-from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.discovery import sites_between
 
 NUM_RUNS = 200
 PROBES = [quick_probe, default_probe, thorough_probe]
@@ -29,7 +29,7 @@ def clean(
     loaded = load(folder, attention=kernel)
     reference = load_reference(folder, dtype, kernel)
     probe = PROBES[seed % len(PROBES)](loaded.model, seed)
-    table = sites_of(loaded.model)
+    table = sites_between(PortSide(loaded.model), reference)
     return compare(PortSide(loaded.model, probe.longest), reference, table, probe)
 
 

@@ -20,7 +20,7 @@ from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison
 from portkit.parity.sides.sites import PortSide
-from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.discovery import sites_between
 
 DTYPES = [torch.float32, torch.bfloat16]
 BLOCK = "model.layers.1.mlp"
@@ -34,7 +34,7 @@ def sides(maker: CheckpointMaker, dtype: torch.dtype) -> tuple[LoadedModel, Refe
 
 def held_against(loaded: LoadedModel, reference: Reference) -> Comparison:
     probe = default_probe(loaded.model)
-    table = sites_of(loaded.model)
+    table = sites_between(PortSide(loaded.model), reference)
     return compare(PortSide(loaded.model, probe.longest), reference, table, probe)
 
 

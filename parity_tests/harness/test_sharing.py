@@ -13,7 +13,7 @@ from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.sides.sharing import share_parameters
 from portkit.parity.sides.sites import PortSide, parameters_of
-from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.discovery import sites_between
 
 MATRIX = "model.layers.1.mlp.up_proj.weight"
 
@@ -55,7 +55,7 @@ def test_a_weight_that_differs_in_one_bit_stays_apart_and_is_found(
     after = reference.parameters([MATRIX])[MATRIX]
     assert after.data_ptr() != wrong.data_ptr()
     assert torch.equal(after, before)
-    found = compare(port, reference, sites_of(loaded.model), probe)
+    found = compare(port, reference, sites_between(PortSide(loaded.model), reference), probe)
     first = next(one for one in found.judgements if one.verdict is not Verdict.exact)
     assert first.site == f"{MATRIX} (parameter)"
     assert found.accounts[first.site].unequal[0].num_unequal == 1

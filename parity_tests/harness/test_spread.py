@@ -19,7 +19,7 @@ from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.sides.sites import PortSide
-from portkit.parity.subject.discovery import sites_of
+from portkit.parity.subject.discovery import sites_between
 
 
 def test_values_are_counted_by_the_power_of_two_below_which_they_lie() -> None:
@@ -81,7 +81,7 @@ def test_the_tokens_with_the_largest_error_of_all_passes_are_kept() -> None:
 def account_of(loaded: LoadedModel, site: str, probe: Probe) -> SiteAccount:
     dtype = next(loaded.model.parameters()).dtype
     reference = load_reference(loaded.files.origin, dtype, "sdpa")
-    table = sites_of(loaded.model)
+    table = sites_between(PortSide(loaded.model), reference)
     return compare(PortSide(loaded.model, probe.longest), reference, table, probe).accounts[site]
 
 

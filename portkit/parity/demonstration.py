@@ -23,8 +23,7 @@ from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison, ParityResult
 from portkit.parity.sides.sites import PortSide
-from portkit.parity.subject.discovery import discover
-from portkit.parity.subject.traits import traits_of
+from portkit.parity.subject.discovery import sites_between
 
 SITE = "model.layers.3.self_attn.q_norm"
 """Where the mistake is planted."""
@@ -104,7 +103,7 @@ def gates_of(probe: Probe, port: Iterable[Tensor], reference: Iterable[Tensor]) 
 
 def _compare(loaded: LoadedModel, reference: Reference, probe: Probe) -> Comparison:
     port = PortSide(loaded.model, probe.longest)
-    table = discover(reference, traits_of(reference.model)).shown_by(port)
+    table = sites_between(port, reference)
     return compare(port, reference, table, probe)
 
 

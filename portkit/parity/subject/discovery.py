@@ -111,6 +111,11 @@ def kind_of(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=[.#:]|$)", "*", name)
 
 
+def sites_between(port: Side, reference: Side) -> SiteTable:
+    """The reference's sites, as far as a port that goes by its names has the modules for them."""
+    return discover(reference, traits_of(reference.model)).shown_by(port)
+
+
 def sites_of(model: CausalLM) -> SiteTable:
     """The sites of one of our own models."""
     return discover(PortSide(model, _MORE_TOKENS + 1), traits_of(model))
