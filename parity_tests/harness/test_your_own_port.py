@@ -27,7 +27,8 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.parametrize("block", blocks("sh"))
 def test_the_commands_run(block: str, tmp_path: Path) -> None:
-    script = f'set -euo pipefail\nportkit() {{ "{sys.executable}" -m portkit "$@"; }}\n{block}'
+    run = f'python() {{ "{sys.executable}" "$@"; }}\nportkit() {{ python -m portkit "$@"; }}'
+    script = f"set -euo pipefail\n{run}\n{block}"
     environment = {**os.environ, "EXAMPLES": str(EXAMPLES)}
     command = ["bash", "-c", script]
     done = subprocess.run(
@@ -35,6 +36,9 @@ def test_the_commands_run(block: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert re.match("(exact|rounding): ", done.stdout)
+    if "broken.py" in block:
+        (promised,) = blocks("text")
+        assert set(promised.splitlines()) <= set(done.stdout.splitlines()), done.stdout
 
 
 def test_the_code_runs(
