@@ -98,9 +98,10 @@ PortOption = Annotated[
     typer.Option(
         "--port",
         metavar="MODULE:FACTORY",
-        help="Prove this port in place of ours: factory(directory, dtype, device) returns a model "
-        "or callable. It takes input_ids and, as far as it likes, positions, attention_mask and "
-        "cache, by these names or Hugging Face's. A file.py:factory too.",
+        help="Prove this port in place of ours, of any family that Transformers can load: "
+        "factory(directory, dtype, device) returns a model or callable. It takes input_ids and, "
+        "as far as it likes, positions, attention_mask and cache, by these names or Hugging "
+        "Face's. A file.py:factory too.",
     ),
 ]
 ReferenceOption = Annotated[

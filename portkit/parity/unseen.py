@@ -79,7 +79,8 @@ class Unseen:
         if self._num_passes and min(map(len, (self.trace_sites, self.port_sites))) <= 1:
             yield NotVerified(
                 "where errors are made",
-                "one side shows nothing but its logits: errors are carried there from the tokens",
+                "one side shows nothing but its logits: errors are carried there from the tokens; "
+                "a table (--sites) that pairs its modules with the reference's places them",
             )
         held, count = self.parameters
         if self._num_passes and held < count:
