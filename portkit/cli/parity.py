@@ -144,6 +144,21 @@ Faults = Annotated[
     Amount,
     typer.Option("--faults", help="How many known mistakes to try: would the probe see them?"),
 ]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs",
+        metavar="FILE",
+        help="Call both sides with the tensors of this safetensors file, by the names of the "
+        "reference's arguments: for an encoder, a vision tower, an encoder-decoder.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the code that the checkpoint brings, as the reference."
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of the probe's token ids.")]
 
 
@@ -160,6 +175,7 @@ def command(
     reference: ReferenceOption = None,
     sites: Sites = None,
     golden: Golden = None,
+    inputs: Inputs = None,
     gate: GateOption = None,
     prompt: Prompt = None,
     tokens: Tokens = None,
@@ -171,6 +187,7 @@ def command(
     threads: Threads = 1,
     seed: Seed = 0,
     ignore_config: options.IgnoreConfig = None,
+    trust_remote_code: TrustRemoteCode = False,
     faults: Faults = Amount.full,
     out: Out = None,
     json: options.Json = False,
@@ -178,6 +195,11 @@ def command(
     """Hold every activation of the port against the reference in Transformers."""
     choose = probe_choice(prompt, tokens, quick, thorough, seed)
     kept = None if layers is None else layer_range(layers)
+    if inputs is not None:
+        because = "--inputs: they are the probe, and what needs tokens is not asked"
+        _refuse(
+            context, "prompt tokens quick thorough seed decode backward golden".split(), because
+        )
     if decode:
         _refuse(context, parity_decode.REFUSED, "--decode: it compares ways of decoding")
     if golden is not None:
@@ -189,6 +211,7 @@ def command(
     import torch
 
     from portkit.loading import resolve_device
+    from portkit.parity.probes.named import read_inputs
     from portkit.parity.prove import prove
     from portkit.parity.question import Question
     from portkit.parity.reports import report, schema
@@ -222,6 +245,8 @@ def command(
         port=port,
         reference=reference,
         sites=None if sites is None else _read_pairs(sites, port, reference),
+        inputs=None if inputs is None else read_inputs(inputs),
+        trust_remote_code=trust_remote_code,
     )
     answered = {"gate": passing, "device": where.type, "threads": threads}
     if decode:

@@ -9,7 +9,7 @@ Knows what a user has at hand, a model, a factory, its name, and turns it into a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from portkit.envelope import envelope
 from portkit.errors import PortError, ProbeError, SiteError
 from portkit.parity.judging.judge import Judgement, Verdict
 from portkit.parity.probes import probing
+from portkit.parity.probes.named import checked, read_inputs
 from portkit.parity.probes.probe import Probe
 from portkit.parity.prove import prove
 from portkit.parity.question import Question
@@ -119,9 +120,11 @@ def compare(  # noqa: PLR0913  # one name for each thing that may be asked
     backward: bool = False,
     faults: Literal["full", "sampled", "off"] = "off",
     golden: str | Path | None = None,
+    inputs: Mapping[str, Tensor] | str | Path | None = None,
     threads: int = 1,
     revision: str | None = None,
     ignore_config: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> Result:
     """Hold a port against the reference, at every site that both have.
 
@@ -144,6 +147,8 @@ def compare(  # noqa: PLR0913  # one name for each thing that may be asked
     revision     of the repository on the Hub: a branch, a tag or a commit
     ignore_config
                  keys of config.json to go on without
+    trust_remote_code
+                 run the code that a checkpoint brings, as the reference; else it is refused
 
     A callable takes input_ids and, as far as it likes, positions, attention_mask and cache, by
     these names or by those of Hugging Face. It returns logits (batch, tokens, vocab_size), a pair
@@ -161,6 +166,10 @@ def compare(  # noqa: PLR0913  # one name for each thing that may be asked
 
     probe        "default", "quick" or "thorough"; token ids; or a Probe
     seed         of the probe's token ids
+    inputs       of a model that is no causal language model, an encoder, a vision tower, an
+                 encoder-decoder: what both are called with, tensors by the names of the reference's
+                 arguments, or the safetensors file that holds them. What needs tokens, such as
+                 generation, is not asked
     dtype        to compute in: a torch.dtype or its name. "auto" is the model's own where one is
                  given, else the checkpoint's; a factory is asked in bfloat16 as well
     device       to compute on
@@ -180,6 +189,12 @@ def compare(  # noqa: PLR0913  # one name for each thing that may be asked
         golden, reference = reference, None
     if golden is not None and not (port is None and reference is None and probe == "default"):
         raise PortError("golden: the recording is the reference, with a probe of its own")
+    if golden is not None and inputs is not None:
+        raise PortError("golden: a recording has its own probe, and no named inputs")
+    if inputs is not None:
+        if probe != "default":
+            raise ProbeError("inputs: they are the probe: leave probe out")
+        inputs = read_inputs(inputs) if isinstance(inputs, (str, Path)) else checked(inputs)
     subject = None if isinstance(repo, (str, Path)) else repo
     for model in (port, subject):
         if dtype == "auto" and isinstance(model, nn.Module):
@@ -206,6 +221,8 @@ def compare(  # noqa: PLR0913  # one name for each thing that may be asked
         port=_given(port),
         reference=_given(reference),
         sites=_table(sites),
+        inputs=inputs,
+        trust_remote_code=trust_remote_code,
         is_made=subject is not None or any(map(_is_made, (port, reference))),
     )
     with _threads(threads):

@@ -145,7 +145,9 @@ class Comparing:
         self.fitting = self.truth.fitting if isinstance(self.truth, WholeTruth) else None
         self.unseen = Unseen()
         self.onlookers: Sequence[Onlooker] = ()
-        self.diagnosis = Diagnosis(reference, table, probe) if is_observed(reference) else None
+        has_tokens = all(one.inputs is None for one in probe)
+        observed = has_tokens and is_observed(reference)
+        self.diagnosis = Diagnosis(reference, table, probe) if observed else None
         self._recordings: list[Recording] = []
         self._compares_logits = table.dims(LOGITS) is not None
         self._reference_caches: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from portkit.parity.comparing import Tell, compare
 from portkit.parity.generation import NUM_TOKENS, compare_generation
 from portkit.parity.gradients import GradientParity, compare_gradients
 from portkit.parity.judging.precision import ran_out_of_memory
+from portkit.parity.probes.named import named_probe
 from portkit.parity.probes.probe import Probe, check_fits
 from portkit.parity.probes.probing import training_batch, unexercised
 from portkit.parity.question import Question
@@ -40,6 +41,7 @@ CARE = torch.bfloat16
 """The dtype in which a missing upcast shows, whatever dtype was asked for."""
 _OPENING = "Once upon a time"
 _CARE_PASSES = {"short", "far"}
+_OF_TOKENS = ("generation", "decoding", "gradients", "known faults")
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def _prove_in(
     prepared = _prepare(question, checkpoint, dtype, tell)
     found = _compare(question, prepared, tell)
     generation, unheard = None, []
-    if question.layers is None:
+    if question.layers is None and question.inputs is None:
         tell("generate")
         try:
             generation = compare_generation(
@@ -193,6 +195,8 @@ def _prepare(
     tell(f"load in {_word(dtype)}")
     sides = make_sides(question, checkpoint, dtype)
     traits = sides.traits
+    if question.inputs is not None:
+        return _Prepared(checkpoint, sides, named_probe(question.inputs, dtype), [], 0)
     probe = question.choose_probe(traits, None if checkpoint is None else checkpoint.files)
     check_fits(probe, traits.vocab_size, traits.max_positions)
     prompt, num_tokens = _prompt(checkpoint, traits, probe)
@@ -259,6 +263,9 @@ def _prompt(checkpoint: Checkpoint | None, traits: Traits, probe: Probe) -> tupl
 
 
 def _not_verified(question: Question, prepared: _Prepared) -> Iterator[NotVerified]:
+    if question.inputs is not None:
+        yield from map(_without_tokens, _OF_TOKENS)
+        return
     yield from unexercised(prepared.sides.traits, prepared.probe)
     blueprint = prepared.sides.blueprint
     for key in () if blueprint is None else blueprint.ignored:
@@ -272,6 +279,10 @@ def _not_verified(question: Question, prepared: _Prepared) -> Iterator[NotVerifi
         yield NotVerified(
             f"everything but the layers {named}", "--layers left it out, and generation with it"
         )
+
+
+def _without_tokens(name: str) -> NotVerified:
+    return NotVerified(name, "not asked: it needs tokens, and the model was given named inputs")
 
 
 @contextmanager

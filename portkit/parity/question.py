@@ -5,10 +5,12 @@ Knows what may be asked, and nothing of how it is answered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from portkit.checkpoint import Files
 from portkit.errors import PortkitError
@@ -49,6 +51,10 @@ class Question:
     """A table of site pairs, for the port, or for the reference where that alone is foreign."""
     subject: Any = None
     """What is held to be right, a model or another callable at hand: there is no checkpoint."""
+    inputs: Mapping[str, Tensor] | None = None
+    """Of a model that is no causal language model: what it is called with, by name."""
+    trust_remote_code: bool = False
+    """Code that the checkpoint brings may run, as the reference's."""
     is_made: bool = False
     """The foreign side is made already, in one dtype: it cannot be had in another."""
 

@@ -1,30 +1,29 @@
 """The reference: Transformers, as a black box that is loaded faithfully, run and watched.
 
-The only file that imports `transformers`. Loaded by `from_pretrained(dtype=...)`, never cast
-afterwards: `.to(bfloat16)` would round the rotary frequencies. What the load report says is
-checked, because the reference itself goes on with random values where a tensor is missing.
+Loaded by `from_pretrained(dtype=...)` (`pretrained`), never cast afterwards: `.to(bfloat16)` would
+round the rotary frequencies. What the load report says is checked, because the reference itself
+goes on with random values where a tensor is missing.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from inspect import get_annotations, signature
+from inspect import signature
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from portkit.errors import ReferenceUnavailable
-from portkit.json_reading import read_object
+from portkit.parity.pretrained import Loading, accepted, check_code, from_pretrained
 from portkit.parity.probes.probe import Pass
 from portkit.parity.sides.attention import visit_inputs
 from portkit.parity.sides.experts import form_of_experts, plain_experts
+from portkit.parity.sides.returned import Returned
 from portkit.parity.sides.roles import Visit, visit_value
 from portkit.parity.sides.routing import routing_as, routing_of, visit_routing
 from portkit.parity.sides.sites import (
@@ -58,6 +57,7 @@ class Reference:
         self._sites = _text_modules(model)
         self._takes = frozenset(signature(model.forward).parameters)
         self._cache = next((one for one in _CACHES if one in self._takes), _CACHES[0])
+        self._returned = Returned()
 
     @property
     def takes_positions(self) -> bool:
@@ -74,6 +74,8 @@ class Reference:
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
         """Raises `CannotRun` where the model lacks what the pass is made of."""
+        if one.inputs is not None:
+            return self._returned.of(self.model, one.inputs, self.dtype)
         given: dict[str, Any] = {"input_ids": one.input_ids, "use_cache": True}
         if self.takes_positions:
             given["position_ids"] = one.positions
@@ -158,7 +160,7 @@ class Reference:
 
             return watched
 
-        with self._kernels_replaced(spy):
+        with self._kernels_replaced(spy), self._returned.shown_to(visit):
             yield
 
     @contextmanager
@@ -297,8 +299,13 @@ def load_reference(
     dtype: torch.dtype,
     attention: str = "sdpa",
     device: torch.device | str = "cpu",
+    *,
+    by_inputs: bool = False,
+    trusts_code: bool = False,
 ) -> Reference:
     """Load a checkpoint's folder. `attention`: sdpa or eager.
+
+    `by_inputs`: it need be no causal language model. `trusts_code`: the checkpoint's own may run.
 
     A config that the reference rejects for the type of a value, as in `rms_norm_eps: 1`, is given
     to it in a patched copy, as is one whose `quantization_config` the user chose to ignore; the
@@ -314,9 +321,11 @@ def load_reference(
     said: Any = transformers.utils.logging
     said.set_verbosity_error()  # once it is imported, which sets a level of its own
     notes: list[str] = []
+    how = Loading(dtype, attention, by_inputs, trusts_code)
+    check_code(Path(directory), trusts_code, notes)
     try:
-        with _accepted(Path(directory), notes) as folder:
-            model, report = _from_pretrained(folder, dtype, attention, notes)
+        with accepted(Path(directory), how, notes) as folder:
+            model, report = from_pretrained(folder, how, notes)
     except Exception as error:  # it raises many kinds, and its own message is what helps
         reason = " ".join(str(error).split())
         raise ReferenceUnavailable(f"the reference cannot load {directory}: {reason}") from error
@@ -326,9 +335,27 @@ def load_reference(
             raise ReferenceUnavailable(
                 f"the reference reports {key.replace('_', ' ')} in {directory}: {names}"
             )
+    if not by_inputs:
+        check_takes_tokens(model)
     # To a device and never to a dtype: that would round its constants.
     runs = getattr(model.config, "_attn_implementation", None) or attention
     return Reference(model.eval().to(torch.device(device)), runs, tuple(notes))
+
+
+def check_takes_tokens(model: Any) -> None:
+    """Raise `ReferenceUnavailable` where a model is no causal language model."""
+    takes, named = signature(model.forward).parameters, type(model).__name__
+    if (
+        "input_ids" not in takes
+        or getattr(model.config, "is_encoder_decoder", False)
+        or model.get_output_embeddings() is None
+        or any("ForMaskedLM" in one for one in (named, *(model.config.architectures or ())))
+    ):
+        raise ReferenceUnavailable(
+            f"{next(iter(model.config.architectures or ()), named)} is no causal language model: "
+            "give --inputs FILE (inputs= in Python), by the names of its arguments, such as "
+            f"{', '.join(list(takes)[:2])}"
+        )
 
 
 def _is_beside(key: str, model: Any) -> bool:
@@ -339,110 +366,3 @@ def _is_beside(key: str, model: Any) -> bool:
     """
     is_text_of_more = str(model.config.model_type).endswith("_text")
     return is_text_of_more and key.partition(".")[0] not in ("language_model", "model", "lm_head")
-
-
-def _from_pretrained(
-    folder: Path, dtype: torch.dtype, attention: str, notes: list[str]
-) -> tuple[Any, Any]:
-    """The model and what was loaded; of a multimodal one whose other parts need packages that are
-    not installed, the text model by its own class.
-    """
-    import transformers
-
-    auto: Any = transformers.AutoModelForCausalLM
-    configs: Any = transformers.AutoConfig
-    progress: Any = transformers.utils.logging
-    progress.disable_progress_bar()
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": attention,
-        "output_loading_info": True,
-        "local_files_only": True,
-    }
-    try:
-        try:
-            model, report = auto.from_pretrained(folder, **options)
-        except ValueError as error:
-            if "attn_implementation" not in str(error):
-                raise
-            del options["attn_implementation"]
-            model, report = auto.from_pretrained(folder, **options)
-            notes.append(f"the reference has no {attention} attention: it runs its own")
-    except ImportError:
-        whole = configs.from_pretrained(folder, local_files_only=True)
-        text = whole.get_text_config()
-        if text is whole:
-            raise
-        model, report = auto._model_mapping[type(text)].from_pretrained(
-            folder, config=text, **options
-        )
-        others = report.pop("unexpected_keys")
-        notes.append(
-            f"the reference is the text model by itself, {type(model).__name__}: the other parts "
-            f"need packages that are not installed ({len(others)} of their tensors were not read)"
-        )
-    return model, report
-
-
-@contextmanager
-def _accepted(folder: Path, notes: list[str]) -> Iterator[Path]:
-    """The folder itself, or one of links to its files beside a config that the reference takes."""
-    import transformers
-
-    auto: Any = transformers.AutoConfig
-    raw = read_object(folder / "config.json", "config.json", ReferenceUnavailable)
-    changed = []
-    if raw.pop("quantization_config", None) is not None:
-        changed.append("quantization_config was left out")
-    try:
-        auto.from_pretrained(folder, local_files_only=True)
-    except Exception:  # again of many kinds
-        changed += _retyped(raw)
-        if not changed:
-            raise
-    if not changed:
-        yield folder
-        return
-    notes += [f"the reference was given a patched config.json: {one}" for one in changed]
-    with TemporaryDirectory() as made:
-        for file in folder.iterdir():
-            if file.name != "config.json":
-                (Path(made) / file.name).symlink_to(file.resolve())
-        (Path(made) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
-        yield Path(made)
-
-
-def _retyped(raw: dict[str, Any]) -> list[str]:
-    """Give values the types that the reference's config declares; change `raw`, and say how."""
-    import transformers
-
-    kinds: Any = transformers.CONFIG_MAPPING
-    if raw.get("model_type") not in kinds:
-        return []
-    kind = kinds[raw["model_type"]]
-    changed = []
-    for section, declared in (
-        (raw, kind),
-        (raw.get("text_config"), kind.sub_configs.get("text_config")),
-    ):
-        if not isinstance(section, dict) or declared is None:
-            continue
-        types = {k: v for each in declared.__mro__[::-1] for k, v in get_annotations(each).items()}
-        for key, value in section.items():
-            named = types.get(key)
-            new = _as_one_of(value, named.__name__ if isinstance(named, type) else str(named))
-            if new is not value:
-                section[key] = new
-                changed.append(f"{key} {json.dumps(value)} became {json.dumps(new)}")
-    return changed
-
-
-def _as_one_of(value: Any, types: str) -> Any:
-    """A number as the first of the named types that holds it; anything else as it is."""
-    named = set(re.findall(r"\w+", types))
-    if type(value).__name__ in named or type(value) not in (int, float):
-        return value
-    for kind in (float, int, bool):
-        if kind.__name__ in named and (kind is bool or kind(value) == value):
-            return kind(value)
-    return value

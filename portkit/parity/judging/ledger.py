@@ -195,7 +195,7 @@ class Ledger:
         account = self.sites[name]
         moved = by_token(like, account.dims, one)
         account.inner = tuple(moved.shape[2:])
-        real = real_tokens(one, account.dims, moved.shape[1])
+        real = real_tokens(one, account.dims, moved)
         account.worst_tokens = worst_tokens(account.worst_tokens, one, sums, real)
 
 
@@ -265,7 +265,7 @@ def _worst(one: Pass, dims: str, port: Tensor, reference: Tensor, place: int) ->
     moved, theirs = (by_token(each, dims, one) for each in (port, reference))
     inner = tuple(moved.shape[2:])
     token, rest = divmod(place, max(1, math.prod(inner)))
-    row, position = real_tokens(one, dims, moved.shape[1]).nonzero()[token].tolist()
+    row, position = real_tokens(one, dims, moved).nonzero()[token].tolist()
     at = (row if len(moved) > 1 else 0, position, *_within(inner, rest))
     return Worst(row, position, said_place(dims, inner, rest), float(moved[at]), float(theirs[at]))
 

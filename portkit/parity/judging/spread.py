@@ -109,12 +109,11 @@ def _tokens(one: Pass, sums: Tensor, real: Tensor) -> Iterator[TokenError]:
         if not errors[token]:
             continue
         row, position = places[token].tolist()
-        new = position - num_held + one.num_tokens
         yield TokenError(
             one.name,
             row,
             position,
-            int(one.input_ids[row, new]) if new >= 0 else None,
+            one.token_at(row, position, num_held),
             float(errors[token]),
             None if floors[token].isnan() else float(floors[token]),
         )

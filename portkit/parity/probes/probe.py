@@ -34,6 +34,9 @@ class Pass:
     continues: str | None = None
     num_logits: int | None = None
     """Of how many last tokens the head is read; None: of all."""
+    inputs: Mapping[str, Tensor] | None = None
+    """What a model is called with by the names of its own arguments, and nothing else: it is no
+    causal language model. The ids above are those among them, or a placeholder for each row."""
 
     @property
     def num_tokens(self) -> int:
@@ -50,10 +53,15 @@ class Pass:
         """(batch, tokens whose logits are read), True where the token is real."""
         return self.real_of_last(self.num_logits or self.num_tokens)
 
-    def real_of_last(self, num_tokens: int) -> Tensor:
-        """(batch, num_tokens), the same for the last tokens of past and new together."""
+    def real_of_last(self, num_tokens: int, num_rows: int | None = None) -> Tensor:
+        """(batch, num_tokens), the same for the last tokens of past and new together.
+
+        `num_rows`: where inputs have names, those of another one may be more.
+        """
+        shape = num_rows or len(self.input_ids), num_tokens
+        if self.inputs is not None:
+            return _real_of_named(self.inputs, shape, self.input_ids.device)
         if self.attention_mask is None:
-            shape = len(self.input_ids), num_tokens
             return torch.ones(shape, dtype=torch.bool, device=self.input_ids.device)
         return self.attention_mask[:, -num_tokens:].bool()
 
@@ -73,15 +81,50 @@ class Pass:
         counted = (self.attention_mask.cumsum(1) - 1)[:, -self.num_tokens :]
         return bool((self.positions == counted)[self.real].all())
 
+    def token_at(self, row: int, position: int, num_held: int) -> int | None:
+        """The id of a token of the last `num_held`; None of an earlier pass's, or of no token."""
+        if self.inputs is not None and (
+            "input_ids" not in self.inputs or num_held != self.num_tokens
+        ):
+            return None
+        new = position - num_held + self.num_tokens
+        return int(self.input_ids[row, new]) if new >= 0 else None
+
     def to(self, device: torch.device) -> Pass:
         """The same pass, its tensors on `device`."""
-        mask = self.attention_mask
+        mask, named = self.attention_mask, self.inputs
         return replace(
             self,
             input_ids=self.input_ids.to(device),
             positions=self.positions.to(device),
             attention_mask=None if mask is None else mask.to(device),
+            inputs=None if named is None else {name: one.to(device) for name, one in named.items()},
         )
+
+
+_MASK = "attention_mask"
+_OF_TOKENS = ("input_ids", "inputs_embeds")
+
+
+def _real_of_named(
+    inputs: Mapping[str, Tensor], shape: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Which tokens of this shape are real: those that a mask of this shape has.
+
+    `decoder_attention_mask` is that of `decoder_input_ids`. Where tokens of this shape have no mask
+    of their own, all are.
+    """
+    every = torch.ones(shape, dtype=torch.bool, device=device)
+    masks = {
+        name.removesuffix(_MASK): one.bool()
+        for name, one in inputs.items()
+        if name.endswith(_MASK) and one.shape == shape
+    }
+    for name, one in inputs.items():
+        word = next((word for word in _OF_TOKENS if name.endswith(word)), None)
+        if word and one.shape[:2] == shape and name.removesuffix(word) not in masks:
+            return every
+    return torch.stack([*masks.values()]).any(0) if masks else every
 
 
 @dataclass(frozen=True)
@@ -137,10 +180,15 @@ def as_json(probe: Probe) -> dict[str, Any]:
                 if one.attention_mask is None
                 else one.attention_mask.int().tolist(),
                 "num_logits": one.num_logits,
+                **({} if one.inputs is None else {"inputs": _shapes(one.inputs)}),
             }
             for one in probe
         ],
     }
+
+
+def _shapes(inputs: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(one.shape) for name, one in inputs.items()}
 
 
 def from_json(saved: Mapping[str, Any]) -> Probe:
@@ -164,6 +212,8 @@ def _pass_from_json(saved: Mapping[str, Any]) -> Pass:
 
     mask = None if saved.get("attention_mask") is None else ints("attention_mask")
     continues, num_logits = saved.get("continues"), saved.get("num_logits")
+    if saved.get("inputs") is not None:
+        raise ValueError("it was of named inputs, which a result does not hold: give --inputs")
     return Pass(
         str(saved["name"]), ints("input_ids"), ints("positions"), mask, continues, num_logits
     )

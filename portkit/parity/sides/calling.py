@@ -12,7 +12,7 @@ import inspect
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,13 +68,22 @@ class Calling:
     def __call__(self, call: Callable[..., Any], values: Mapping[str, Any]) -> Answer:
         args = [values[what] for what, name in self.names.items() if name is None]
         named = {name: values[what] for what, name in self.names.items() if name is not None}
-        with _as_no_grad():
+        with as_no_grad():
             return answer(call(*args, **named, **self.constants))
 
 
-def calling(call: Callable[..., Any], origin: str, takes: str | None = None) -> Calling:
-    """How `call` is called. `takes`: what its user says of it. Raises `PortError`."""
+def calling(
+    call: Callable[..., Any],
+    origin: str,
+    takes: str | None = None,
+    inputs: Collection[str] | None = None,
+) -> Calling:
+    """How `call` is called. `takes`: what its user says of it; `inputs`: names of all that it is
+    given. Raises `PortError`.
+    """
     parameters = _parameters(call)
+    if inputs is not None:
+        return _by_inputs(inputs, takes, parameters, origin)
     if takes is not None:
         return _as_told(takes, parameters, origin)
     if parameters is None:  # something built in
@@ -96,6 +105,35 @@ def calling(call: Callable[..., Any], origin: str, takes: str | None = None) -> 
     return Calling(_placed(names, own), constants, left)
 
 
+def named(call: Callable[..., Any]) -> tuple[str, ...]:
+    """The names that a callable gives to what it takes, whatever else it swallows."""
+    return tuple(
+        one.name
+        for one in _parameters(call) or ()
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    )
+
+
+def _by_inputs(
+    inputs: Collection[str],
+    takes: str | None,
+    parameters: list[inspect.Parameter] | None,
+    origin: str,
+) -> Calling:
+    if takes is not None:
+        raise PortError(f"takes = {takes}: of named inputs a port is given all, by those names")
+    kinds = {one.kind for one in parameters or ()}
+    takes_any = parameters is None or inspect.Parameter.VAR_KEYWORD in kinds
+    names = [one.name for one in parameters or ()]
+    for name in inputs:
+        if name not in names and not takes_any:
+            raise PortError(
+                f"{origin} takes ({', '.join(names)}) and no {name}: of named inputs it is given "
+                "all, by those names"
+            )
+    return Calling(dict.fromkeys(inputs))
+
+
 def answer(output: Any) -> Answer:
     """Logits and cache of what was returned: a pair, an object or mapping that names them."""
     if isinstance(output, Mapping):
@@ -110,7 +148,7 @@ def answer(output: Any) -> Answer:
 
 
 @contextmanager
-def _as_no_grad() -> Iterator[None]:
+def as_no_grad() -> Iterator[None]:
     """Have `inference_mode` in the callable be no more than the `no_grad` that it runs under.
 
     The same numbers; but casts could not be seen there, and its tensors not be written to later.

@@ -8,7 +8,7 @@ made of is its own affair.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,7 @@ from portkit.parity.sides.experts import plain_experts
 from portkit.parity.sides.keeping import Kept, KeptState
 from portkit.parity.sides.pairs import Paired, SitePairs, near
 from portkit.parity.sides.points import listening
+from portkit.parity.sides.returned import Returned
 from portkit.parity.sides.roles import Roles, Visit, visit_value
 from portkit.parity.sides.routing import routing_as, routing_of, visit_routing
 from portkit.parity.sides.sites import (
@@ -45,6 +46,8 @@ class Surroundings:
     modules: Mapping[str, nn.Module]
     """Modules of the text-only reference, or as many as it has, on whatever device."""
     vocab_size: int
+    inputs: Collection[str] | None = None
+    """Of a model that is called by named inputs: their names."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class ForeignSide:
         model = call if isinstance(call, nn.Module) else getattr(call, "__self__", None)
         self.model = model if isinstance(model, nn.Module) else None
         self.notes: list[str] = []
-        self._calling = calling(call, origin, pairs.takes)
+        self._returned = Returned()
+        self._calling = calling(call, origin, pairs.takes, around.inputs)
         if self._calling.left:
             named = ", ".join(self._calling.left)
             self._note(f"{origin} takes {named} too: left as it is by default")
@@ -104,6 +108,8 @@ class ForeignSide:
     @torch.no_grad()
     def run(self, one: Pass, caches: dict[str, Any]) -> Tensor:
         """Raises `CannotRun` where it refuses the pass, `PortError` where it breaks its word."""
+        if one.inputs is not None:
+            return self._returned.of(self.call, one.inputs, self._held_in).clone()
         before = self._before(one, caches)
         if not (self.takes_positions or one.counts_on or (self.counts_real and one.counts_real)):
             raise CannotRun("it takes no positions")
@@ -185,6 +191,12 @@ class ForeignSide:
             self.notes.append(note)
 
     @property
+    def _held_in(self) -> torch.dtype:
+        """What its parameters are in at the moment: for the truth they are float64."""
+        held = () if self.model is None else self.model.parameters()
+        return next((one.dtype for one in held if one.is_floating_point()), self.dtype)
+
+    @property
     def device(self) -> torch.device:
         held = None if self.model is None else next(self.model.parameters(), None)
         return torch.device("cpu") if held is None else held.device
@@ -220,6 +232,7 @@ class ForeignSide:
                 for handle in self._hooks(module, pair, visit):
                     stack.callback(handle.remove)
             stack.enter_context(listening(lambda name, tensor: numbered(self._full(name), tensor)))
+            stack.enter_context(self._returned.shown_to(visit))
             yield
 
     def _hooks(self, module: nn.Module, pair: Paired, visit: Visit) -> Iterator[Any]:

@@ -7,7 +7,7 @@ trace is no side, and is turned away here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,22 +20,31 @@ from portkit.architecture import CausalLM
 from portkit.checkpoint import CONFIG, Checkpoint
 from portkit.errors import PortError, UnsupportedConfig
 from portkit.loading import Blueprint, draw, materialize, resolve_device
+from portkit.parity.pretrained import code_files
+from portkit.parity.probes.named import check_names, named_probe
 from portkit.parity.question import Question, check_layers
 from portkit.parity.reference import (
     Reference,
+    check_takes_tokens,
     is_of_transformers,
     load_reference,
     reference_of,
 )
 from portkit.parity.sides import factories
-from portkit.parity.sides.calling import answer, said
+from portkit.parity.sides.calling import answer, named, said
 from portkit.parity.sides.counting import counts_real
 from portkit.parity.sides.factories import Factory, Made
 from portkit.parity.sides.foreign import ForeignSide, Surroundings
 from portkit.parity.sides.pairs import SitePairs
 from portkit.parity.sides.sites import EVERYTHING, CannotRun, PortSide, Side, SiteTable
+from portkit.parity.subject.by_inputs import discover_by
 from portkit.parity.subject.discovery import discover
-from portkit.parity.subject.traits import Traits, traits_of, traits_of_config
+from portkit.parity.subject.traits import (
+    Traits,
+    traits_by_inputs,
+    traits_of,
+    traits_of_config,
+)
 from portkit.registry import architecture_of
 
 
@@ -80,6 +89,11 @@ class _Making:
 
     def sides(self) -> Sides:
         question = self._question
+        if question.inputs is not None and question.port is None:
+            raise PortError(
+                "named inputs go with a port of yours (--port, or the first argument): portkit's "
+                "own are causal language models, and are given tokens"
+            )
         if question.subject is not None:
             return self._beside_model(question.subject)
         blueprint = self._drawn() if question.port is None else None
@@ -91,15 +105,35 @@ class _Making:
             port: Side = self._ours(blueprint)
             return self._found((port, reference), table.shown_by(port), traits, blueprint)
         assert question.port is not None, "else there is a blueprint"
-        around = Surroundings(table, reference.module_sites(), traits.vocab_size)
+        around = self._around(table, reference.module_sites(), traits)
         port = self._foreign(question.port, question.sites, around)
         return self._found((port, reference), table, traits, None)
 
     def subject(self) -> Subject:
         reference = self._transformers()
-        traits = traits_of(reference.model)
+        traits = self._traits(reference.model)
         check_layers(self._question, traits.num_layers)
-        return Subject(reference, _discovered(reference, traits), traits)
+        return Subject(reference, self._discovered(reference, traits), traits)
+
+    def _traits(self, model: nn.Module) -> Traits:
+        return traits_of(model) if self._question.inputs is None else traits_by_inputs(model)
+
+    def _around(
+        self, table: SiteTable, modules: Mapping[str, nn.Module], traits: Traits
+    ) -> Surroundings:
+        return Surroundings(table, modules, traits.vocab_size, self._question.inputs)
+
+    def _discovered(self, side: Side, traits: Traits) -> SiteTable:
+        inputs = self._question.inputs
+        try:
+            if inputs is None:
+                return discover(side, traits)
+            if isinstance(side, Reference):
+                check_names(type(side.model).__name__, inputs, named(side.model))
+            held = dict(next(iter(named_probe(inputs, side.dtype))).inputs or {})
+            return discover_by(side, held, traits.vocab_size)
+        except CannotRun as error:
+            raise PortError(f"nothing was compared: the reference does not run: {error}") from error
 
     @property
     def _checkpoint(self) -> Checkpoint:
@@ -120,19 +154,22 @@ class _Making:
         if question.port is None:
             raise PortError("compare(None, model): give the port that is held against the model")
         if is_of_transformers(subject):
+            if question.inputs is None:
+                check_takes_tokens(subject)
             reference: Side = reference_of(subject)
-            traits, modules = traits_of(subject), reference.module_sites()
-            table = _discovered(reference, traits)
+            traits, modules = self._traits(subject), reference.module_sites()
+            table = self._discovered(reference, traits)
         else:
             made = Made(subject, "")
-            traits = Traits(_vocabulary(subject), None, 0)
+            vocabulary = _vocabulary(subject) if question.inputs is None else 0
+            traits = Traits(vocabulary, None, 0)
             modules = made.modules
-            everywhere = Surroundings(EVERYTHING, modules, traits.vocab_size)
-            table = _discovered(self._side(made, subject, "", everywhere), traits)
-            around = Surroundings(table, modules, traits.vocab_size)
+            everywhere = self._around(EVERYTHING, modules, traits)
+            table = self._discovered(self._side(made, subject, "", everywhere), traits)
+            around = self._around(table, modules, traits)
             reference = self._side(made, subject, "", around)
         check_layers(question, traits.num_layers)
-        around = Surroundings(table, modules, traits.vocab_size)
+        around = self._around(table, modules, traits)
         port = self._foreign(question.port, question.sites, around)
         return self._found((port, reference), table, traits, None)
 
@@ -148,18 +185,20 @@ class _Making:
             traits = traits_of(blueprint.skeleton)
             check_layers(question, traits.num_layers)
             port = self._ours(blueprint)
-            table = _discovered(port, traits)
-            around = Surroundings(table, port.module_sites(), traits.vocab_size)
+            table = self._discovered(port, traits)
+            around = self._around(table, port.module_sites(), traits)
             reference = self._foreign(given, question.sites, around)
             return self._found((port, reference), table, traits, blueprint)
         assert question.port is not None, "else there is a blueprint"
         raw = self._checkpoint.config
-        traits = traits_of_config(SimpleNamespace(**{**raw, **raw.get("text_config", {})}))
+        config = SimpleNamespace(**{**raw, **raw.get("text_config", {})})
+        by_inputs = question.inputs is not None
+        traits = Traits(0, None, 0) if by_inputs else traits_of_config(config)
         check_layers(question, traits.num_layers)
         made = self._made(given)
-        everywhere = Surroundings(EVERYTHING, made.modules, traits.vocab_size)
-        table = _discovered(self._side(made, given, "", everywhere), traits)
-        around = Surroundings(table, made.modules, traits.vocab_size)
+        everywhere = self._around(EVERYTHING, made.modules, traits)
+        table = self._discovered(self._side(made, given, "", everywhere), traits)
+        around = self._around(table, made.modules, traits)
         reference = self._side(made, given, "", around)
         foreign = self._foreign(question.port, question.sites, around)
         return self._found((foreign, reference), table, traits, None)
@@ -199,7 +238,17 @@ class _Making:
         question = self._question
         attention = question.reference_attention or question.attention
         self._fetch_weights()
-        found = load_reference(self._folder, self._dtype, attention, question.device)
+        trusts = question.trust_remote_code
+        for file in code_files(self._checkpoint.config) if trusts else ():
+            self._checkpoint.files.path(file)
+        found = load_reference(
+            self._folder,
+            self._dtype,
+            attention,
+            question.device,
+            by_inputs=question.inputs is not None,
+            trusts_code=trusts,
+        )
         self._notes.append(lambda: found.notes)
         return found
 
@@ -223,6 +272,8 @@ class _Making:
             return PortSide(made.call, is_partial=True)
         model = made.call
         if isinstance(model, nn.Module) and is_of_transformers(model) and not (pairs or made.sites):
+            if around.inputs is not None:
+                check_names(type(model).__name__, around.inputs, named(model))
             return Reference(model, _kernel_of(model), is_partial=True)
         table = SitePairs(made.sites if pairs is None else pairs)
         side = ForeignSide(made.call, self._dtype, table, around, _origin(given))
@@ -261,13 +312,6 @@ def _kernel_of(model: Any) -> str:
 def make_subject(question: Question, checkpoint: Checkpoint, dtype: torch.dtype) -> Subject:
     """Load the reference alone. Raises a `PortkitError`."""
     return _Making(question, checkpoint, dtype).subject()
-
-
-def _discovered(side: Side, traits: Traits) -> SiteTable:
-    try:
-        return discover(side, traits)
-    except CannotRun as error:
-        raise PortError(f"nothing was compared: the reference does not run: {error}") from error
 
 
 def _origin(given: str | Factory) -> str:

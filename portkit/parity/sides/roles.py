@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -124,6 +124,7 @@ def method_watched(name: str, module: nn.Module, method: str, visit: Visit) -> I
     """Visit what a method of the module `name` is given, and what it returns."""
     call, roles, site = getattr(module, method), Roles(module, method), f"{name}#{method}"
 
+    @wraps(call)  # some code looks at how many arguments a method takes
     def watched(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = roles.visit(
             args, kwargs, lambda role, tensor: visit(f"{site}:in{role}", tensor)

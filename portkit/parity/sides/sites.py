@@ -173,7 +173,7 @@ class SiteTable:
     """
 
     def __init__(self, dims: Mapping[str, str]) -> None:
-        self._dims = {**dims, LOGITS: "batch position vocabulary"}
+        self._dims = {**dims, LOGITS: dims.get(LOGITS, "batch position vocabulary")}
         self._points = {name.partition(":")[0].partition("#")[2] for name in dims if "#" in name}
 
     def __len__(self) -> int:

@@ -3,8 +3,9 @@
 `dims` names a tensor's dimensions, one word each: `batch`, `position` (new tokens), `key` (past and
 new), `query`; every other word is a size that no pass changes. A tensor with fewer dimensions than
 words has the first of them side by side in one, as `batch position channel` of (batch x tokens,
-channels). `length` is a size that follows the data in a way that is neither. A tensor need not have
-tokens, as a state has none, nor rows, as a mask for all of them. Knows passes; runs nothing.
+channels). `patch` counts what no token ids are behind, of which none is padding. `length` is a
+size that follows the data in a way that is neither. A tensor need not have tokens, as a state has
+none, nor rows, as a mask for all of them. Knows passes; runs nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from portkit.parity.probes.probe import Pass
 
 BATCH, POSITION, KEY, QUERY, LENGTH = "batch", "position", "key", "query", "length"
-_TOKENS = (POSITION, QUERY)
+PATCH = "patch"
+_TOKENS = (POSITION, QUERY, PATCH)
 
 
 def token_dim(dims: str) -> int | None:
@@ -55,23 +57,31 @@ def rows(tensor: Tensor, dims: str, one: Pass) -> Tensor:
 
     Keys and values reach back over the cache: their tokens are the last of past and new.
     """
-    batch = len(one.input_ids)
     moved = by_token(tensor, dims, one)
-    moved = moved.expand(batch, *moved.shape[1:])  # masks and tables may be for all rows one
-    if one.attention_mask is None:
+    # Masks and tables may be for all rows one.
+    moved = moved.expand(_num_rows(one, moved), *moved.shape[1:])
+    if one.attention_mask is None and one.inputs is None:
         return moved.reshape(moved.shape[0] * moved.shape[1], -1)
-    return moved.flatten(2)[real_tokens(one, dims, moved.shape[1])]
+    return moved.flatten(2)[real_tokens(one, dims, moved)]
 
 
-def real_tokens(one: Pass, dims: str, num_tokens: int) -> Tensor:
-    """(batch, num_tokens), True where what `dims` has there is defined.
+def _num_rows(one: Pass, moved: Tensor) -> int:
+    """How many rows a tensor of `by_token` stands for: of named inputs each has its own number."""
+    return len(one.input_ids) if one.inputs is None or len(moved) == 1 else len(moved)
+
+
+def real_tokens(one: Pass, dims: str, moved: Tensor) -> Tensor:
+    """(batch, tokens) of what `by_token` gives, True where what `dims` has there is defined.
 
     A tensor without tokens is, in every row; but where its size follows the data in a way that
-    nobody knows, only in rows without padding.
+    nobody knows, only in rows without padding. Named inputs may have no tokens at all.
     """
-    if token_dim(dims) is not None:
-        return one.real_of_last(num_tokens)
-    if LENGTH in dims.split():
+    num_tokens, words = moved.shape[1], dims.split()
+    if token_dim(dims) is not None and PATCH not in words:
+        return one.real_of_last(num_tokens, _num_rows(one, moved))
+    if one.inputs is not None:
+        return one.real.new_ones(_num_rows(one, moved), num_tokens)
+    if LENGTH in words:
         whole = one.real.all(1, keepdim=True)
         return whole if batch_dim(dims) is not None else whole.all(0).expand_as(whole)
     return one.real.new_ones(len(one.input_ids), 1)

@@ -66,7 +66,7 @@ def discover(side: Side, traits: Traits) -> SiteTable:
             if number == 0:
                 raise
             continue
-        routers |= set(_before_choices(trace))
+        routers |= set(before_choices(trace))
         for name, tensor in trace.items():
             if AGAIN in name:
                 continue
@@ -84,7 +84,7 @@ def discover(side: Side, traits: Traits) -> SiteTable:
     return SiteTable({**dims, **logits})
 
 
-def _before_choices(trace: Iterable[str]) -> Iterator[str]:
+def before_choices(trace: Iterable[str]) -> Iterator[str]:
     """Routers: their logits are visited just before their choice."""
     before = ""
     for name in trace:

@@ -81,6 +81,15 @@ def _of_model(model: Any) -> Traits:
     return traits_of_config(config, None if rows is None else int(rows.shape[0]))
 
 
+def traits_by_inputs(model: Any) -> Traits:
+    """Of a model that is called by named inputs: what can be told, which may be nothing."""
+    whole = getattr(model, "config", None)
+    config = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
+    return Traits(
+        _number(config, "vocab_size") or 0, None, _number(config, "num_hidden_layers") or 0
+    )
+
+
 def traits_of_config(config: Any, vocab_size: int | None = None) -> Traits:
     """Of a text model's config, attributes by the names that `config.json` has."""
     chunk = _number(config, "attention_chunk_size")
