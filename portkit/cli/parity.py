@@ -147,17 +147,13 @@ Faults = Annotated[
 Inputs = Annotated[
     Path | None,
     typer.Option(
-        "--inputs",
         metavar="FILE",
-        help="Call both sides with the tensors of this safetensors file, by the names of the "
-        "reference's arguments: for an encoder, a vision tower, an encoder-decoder.",
+        help="Of an encoder, a vision tower or the like: its inputs by name, a safetensors file.",
     ),
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option(
-        "--trust-remote-code", help="Run the code that the checkpoint brings, as the reference."
-    ),
+    typer.Option("--trust-remote-code", help="Run code of the checkpoint, as the reference."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the probe's token ids.")]
 
@@ -195,13 +191,7 @@ def command(
     """Hold every activation of the port against the reference in Transformers."""
     choose = probe_choice(prompt, tokens, quick, thorough, seed)
     kept = None if layers is None else layer_range(layers)
-    if inputs is not None:
-        because = "--inputs: they are the probe, and what needs tokens is not asked"
-        _refuse(
-            context, "prompt tokens quick thorough seed decode backward golden".split(), because
-        )
-    if decode:
-        _refuse(context, parity_decode.REFUSED, "--decode: it compares ways of decoding")
+    _refuse_beside(context, decode, by_inputs=inputs is not None)
     if golden is not None:
         _refuse_beside_golden(context, "reference")
     elif reference is not None and Path(reference).suffix == ".safetensors":
@@ -286,9 +276,18 @@ def _is_given(context: typer.Context, option: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def _refuse_beside(context: typer.Context, decode: bool, *, by_inputs: bool) -> None:
+    if decode:
+        _refuse(context, parity_decode.REFUSED, "--decode: it compares ways of decoding")
+    if by_inputs:
+        taken = "prompt tokens quick thorough seed backward faults"
+        because = "--inputs: they are the probe, and what needs tokens is not asked"
+        _refuse(context, taken.split(), because)
+
+
 def _refuse_beside_golden(context: typer.Context, *further: str) -> None:
     """A recording has its probe and is the reference: what would choose another is a mistake."""
-    taken = "prompt tokens quick thorough seed port reference_attention sites faults"
+    taken = "prompt tokens quick thorough seed port reference_attention sites faults inputs"
     because = "--golden: the recording is the reference, with a probe of its own"
     _refuse(context, (*taken.split(), *further), because)
 

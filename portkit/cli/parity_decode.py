@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 REFUSED = (
     "quick", "thorough", "layers", "backward", "port", "reference", "sites", "golden", "faults",
-    "out", "reference_attention",
+    "out", "reference_attention", "inputs",
 )  # fmt: skip
 """Options of a proof that have no meaning here."""
 

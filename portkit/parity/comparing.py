@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from portkit.errors import PortError
+from portkit.errors import PortError, SiteError
 from portkit.parity.judging.heap import release_freed_memory
 from portkit.parity.judging.judge import Verdict, judge
 from portkit.parity.judging.ledger import (
@@ -41,6 +41,7 @@ from portkit.parity.judging.whole import WholeTruth
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.result import Comparison, NotVerified
 from portkit.parity.sides.attention import QKV
+from portkit.parity.sides.foreign import ForeignSide
 from portkit.parity.sides.roles import Visit
 from portkit.parity.sides.sites import LOGITS, CannotRun, Side, SiteTable, watching, weights_of
 from portkit.parity.subject.dims import rows, same_shape, token_dim
@@ -78,6 +79,12 @@ def compare(
         comparing.judge()
     if (reason := comparing.unseen.nothing_ran()) is not None:
         raise PortError(f"nothing was compared: {reason}")
+    for side in (port, reference):
+        if isinstance(side, ForeignSide) and side.paired and comparing.unseen.shows_logits_alone:
+            raise SiteError(
+                f"site pairs: none of the {len(side.paired)} modules paired ran, {side.paired[0]} "
+                f"for one, and nothing but logits was compared{side.unlike()}"
+            )
     sites = comparing.sites()
     return Comparison(
         str(port.dtype).removeprefix("torch."),

@@ -76,7 +76,7 @@ class Unseen:
             more = f" and {len(passes) - _TOLD} more" if len(passes) > _TOLD else ""
             named = f"pass {', '.join(passes[:_TOLD])}{more}"
             yield NotVerified(named, reason, probe.is_complete)
-        if self._num_passes and min(map(len, (self.trace_sites, self.port_sites))) <= 1:
+        if self._num_passes and self.shows_logits_alone:
             yield NotVerified(
                 "where errors are made",
                 "one side shows nothing but its logits: errors are carried there from the tokens; "
@@ -98,6 +98,15 @@ class Unseen:
 
         for kind, reason in self.misfits.items():
             yield NotVerified(f"{kind}: not compared", reason)
+
+    @property
+    def shows_logits_alone(self) -> bool:
+        """One of the sides, beside what it returns."""
+        within = (
+            [one for one in sites if one.partition("#")[0]]
+            for sites in (self.trace_sites, self.port_sites)
+        )
+        return not all(within)
 
     def nothing_ran(self) -> str | None:
         """Why no pass was run on both sides, where that is so."""

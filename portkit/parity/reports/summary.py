@@ -71,9 +71,11 @@ def headline(result: ParityResult) -> list[str]:
     lines = []
     for one in result.comparisons:
         passes, tokens = len(one.probe), sum(each.input_ids.numel() for each in one.probe)
+        named = [name for each in one.probe for name in each.inputs or ()]
+        what = f"inputs {', '.join(named)}" if named else f"{passes} passes of {tokens:,} tokens"
         lines.append(
             f"{one.dtype}: {one.num_exact:,} of {len(one.judgements):,} sites equal in every bit "
-            f"over {passes} passes of {tokens:,} tokens"
+            f"over {what}"
         )
     caught = [] if result.teeth is None else [f"this probe {result.teeth.line}"]
     return [*lines, *_generation(result), *_gradients(result), *caught]

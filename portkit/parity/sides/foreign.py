@@ -92,6 +92,8 @@ class ForeignSide:
             (module, replace(pair, by_output=True) if isinstance(module, nn.Identity) else pair)
             for module, pair in ((within[name], pair) for name, pair in paired.items())
         ]
+        self.paired = tuple(paired) if pairs.has_lines else ()
+        """Its modules that stand for a site, where a table says which."""
         self._running: list[str] = []
         """Names of the paired modules that are running, the innermost last."""
         self.counts_real = False
@@ -189,6 +191,11 @@ class ForeignSide:
     def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
+
+    def unlike(self) -> str:
+        """`; near: …`, names of its modules that are most like what was paired in vain."""
+        names = () if self.model is None else reachable(self.model)
+        return near(self.paired[0], [one for one in names if one not in self.paired])
 
     @property
     def _held_in(self) -> torch.dtype:

@@ -89,6 +89,11 @@ class SitePairs:
         pairs = (line for line in lines if line and not _TAKES.fullmatch(line))
         self._rules = tuple(_rule(line) for line in pairs if not line.startswith("#"))
 
+    @property
+    def has_lines(self) -> bool:
+        """Whether it pairs anything at all."""
+        return bool(self._rules)
+
     def laid_over(
         self, modules: Collection[str], table: SiteTable, known: Collection[str]
     ) -> dict[str, Paired]:

@@ -106,13 +106,13 @@ def _dims(name: str, found: _Shapes, num_rows: list[int], vocab_size: int) -> st
         if name in shapes:
             seen.append(Seen(rows, *less, shapes[name]))
     dims = settled(name, found.given, lambda: _counted(measured(seen, vocab_size), shape, found))
-    if POSITION in dims and first == 0 and not _unknown(shape, found):
+    if {POSITION, QUERY} & {*dims.split()} and first == 1 and not _unknown(shape, found):
         return dims.replace(POSITION, PATCH).replace(QUERY, PATCH)  # a point of the interface
     return dims
 
 
 def _followed(name: str, found: _Shapes) -> tuple[int, int]:
-    """The lengths that a site follows, that of its first axis first; 0 where there is none."""
+    """The lengths that a site follows, that of its first axis first; 1 where there is none."""
     shape, places = found.given[name], dict[int, int]()
     for length, shapes in found.shorter.items():
         other = shapes.get(name, shape)
@@ -122,7 +122,7 @@ def _followed(name: str, found: _Shapes) -> tuple[int, int]:
             ]
             places[length] = changed[0]
     order = sorted(places, key=lambda length: places[length])
-    first = order[0] if order else 0
+    first = order[0] if order else 1
     return first, order[1] if order[1:] else first
 
 

@@ -83,7 +83,7 @@ def _of_model(model: Any) -> Traits:
 
 def traits_by_inputs(model: Any) -> Traits:
     """Of a model that is called by named inputs: what can be told, which may be nothing."""
-    whole = getattr(model, "config", None)
+    whole: Any = getattr(model, "config", None)
     config = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
     return Traits(
         _number(config, "vocab_size") or 0, None, _number(config, "num_hidden_layers") or 0
