@@ -20,14 +20,15 @@ from portkit.parity.sides.sites import (
     AGAIN,
     EVERYTHING,
     LOGITS,
+    POINTS,
     CannotRun,
     Side,
     SiteTable,
     watching,
 )
 from portkit.parity.subject.dims import BATCH, PATCH, POSITION, QUERY, batch_dim, token_dim
-from portkit.parity.subject.discovery import settled
-from portkit.parity.subject.measuring import Seen, measured
+from portkit.parity.subject.discovery import EXPERT, before_choices
+from portkit.parity.subject.measuring import CHANNEL, Seen, measured
 
 Shape = tuple[int, ...]
 _WITH_TOKENS = (2, 3)
@@ -56,7 +57,9 @@ def discover_by(side: Side, inputs: Mapping[str, Tensor], vocab_size: int) -> Si
     shorter = {length: _tried(side, _shortened(inputs, length)) for length in lengths if length > 1}
     found = _Shapes(given, _tried(side, _doubled(inputs)), shorter)
     rows = [len(one) for one in (named_pass(inputs).input_ids, *inputs.values()) if one.dim()]
-    return SiteTable({name: _dims(name, found, rows, vocab_size) for name in given})
+    dims = {name: _dims(name, found, rows, vocab_size) for name in given}
+    routers = [name for name in before_choices(given) if name in dims]
+    return SiteTable({**dims, **{name: dims[name].replace(CHANNEL, EXPERT) for name in routers}})
 
 
 @torch.no_grad()
@@ -105,7 +108,8 @@ def _dims(name: str, found: _Shapes, num_rows: list[int], vocab_size: int) -> st
         less = first - (length == first), second - (length == second)
         if name in shapes:
             seen.append(Seen(rows, *less, shapes[name]))
-    dims = settled(name, found.given, lambda: _counted(measured(seen, vocab_size), shape, found))
+    dims = POINTS.get(name.rpartition("#")[2], "")
+    dims = dims or _counted(measured(seen, vocab_size), shape, found)
     if {POSITION, QUERY} & {*dims.split()} and first == 1 and not _unknown(shape, found):
         return dims.replace(POSITION, PATCH).replace(QUERY, PATCH)  # a point of the interface
     return dims
