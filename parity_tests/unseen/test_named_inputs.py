@@ -379,6 +379,10 @@ def test_a_table_that_pairs_nothing_is_no_pass(unseen_checkpoint: UnseenMaker) -
     table = "idle.cls.predictions.decoder = cls.predictions.decoder"
     with pytest.raises(SiteError, match=r"idle\.cls\.predictions\.decoder.*near: idle\.cls"):
         portkit.parity.compare(Holding(), folder, inputs=given("bert"), sites=table)
-    result = portkit.parity.compare(Holding(), folder, inputs=given("bert"))
-    assert result.verdict is Verdict.exact
+
+    def alone(**inputs: Tensor) -> Tensor:
+        return model(**inputs).logits
+
+    result = portkit.parity.compare(alone, folder, inputs=given("bert"), dtype="float32")
+    assert result.comparisons[0].verdict is Verdict.exact
     assert "where errors are made" in {one.name for one in result.not_verified}

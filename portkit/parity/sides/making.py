@@ -214,7 +214,7 @@ class _Making:
             return tuple(note for each in self._notes for note in each())
 
         foreign, other = pair
-        if isinstance(foreign, ForeignSide):
+        if isinstance(foreign, ForeignSide) and self._question.inputs is None:
             foreign.counts_real = counts_real(foreign, other, traits.vocab_size)
         traits = replace(traits, takes_positions=all(one.takes_positions for one in pair))
         return Sides(*pair, table.of_layers(self._question.layers), traits, blueprint, notes)
