@@ -56,7 +56,9 @@ def test_the_tokens_with_the_largest_error_of_all_passes_are_kept() -> None:
     error = torch.tensor([0.1, 0.3, 0.1, 0.0, 0.4, 0.1])[:, None].expand(6, 10).double()
     sums = token_sums(error[:, :4], error[:, :4] / 2, truth[:, :4])
     sums += token_sums(error[:, 4:], error[:, 4:] / 2, truth[:, 4:])
-    found = worst_tokens((), padded, sums, num_held=4)  # a cached token and three new ones
+    found = worst_tokens(
+        (), padded, sums, padded.real_of_last(4)
+    )  # a cached token and three new ones
     said = [(one.run, one.row, one.position, one.token_id) for one in found]
     # Row 0: the cached one, 11, 12, 13. Row 1: 22, 23, of which one's truth is zero.
     assert said == [
@@ -71,7 +73,7 @@ def test_the_tokens_with_the_largest_error_of_all_passes_are_kept() -> None:
     assert [one.floor for one in found] == pytest.approx([each / 2 for each in expected])
     one = Pass("later", ids[:1], ids[:1])
     nan = torch.tensor([[math.nan, 0, 1e-6]]).T.double()
-    later = worst_tokens(found, one, token_sums(nan, None, nan + 1), num_held=3)
+    later = worst_tokens(found, one, token_sums(nan, None, nan + 1), one.real)
     assert len(later) == NUM_TOKENS
     assert (later[0].run, later[0].token_id, later[0].error) == ("later", 11, math.inf)
     assert later[0].floor is None
