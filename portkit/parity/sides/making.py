@@ -223,7 +223,7 @@ class _Making:
         """Our port of the family on the meta device; says the way out where there is none."""
         question = self._question
         try:
-            architecture_of(self._checkpoint.config)
+            architecture_of(self._checkpoint.config, self._question.ignore_config)
         except UnsupportedConfig as error:
             raise UnsupportedConfig(f"{error}; another one's port is given by --port") from error
         return draw(self._checkpoint, question.attention, question.ignore_config)

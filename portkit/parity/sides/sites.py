@@ -12,6 +12,7 @@ functional point (`model.layers.3.self_attn#query`).
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count
@@ -166,6 +167,11 @@ def weights_of(side: Watched) -> dict[str, Tensor]:
     return {**parameters_of(side), **stored}
 
 
+def kind_of(name: str) -> str:
+    """A module's name with its numbers left open."""
+    return _NUMBER.sub("*", name)
+
+
 class SiteTable:
     """The sites of a subject: which names are observed, and what their dimensions are.
 
@@ -210,17 +216,21 @@ class SiteTable:
         return self._only(lambda name: layer_of(name) in layers)
 
     def shown_by(self, side: Watched) -> SiteTable:
-        """The sites at which `side` can be watched too: of modules and methods that it has.
+        """The sites at which `side` can be watched too: of the kinds of modules that it has.
 
-        Points that it makes itself, as attention's, are left to it.
+        One of a kind that it lacks, as a layer, is missing there. Points that it makes itself, as
+        attention's, are left to it; of methods it has those that some module of the kind has.
         """
-        modules = side.module_sites()
+        methods: defaultdict[str, set[str]] = defaultdict(set)
+        for name, module in side.module_sites().items():
+            methods[kind_of(name)].update(public_methods(module))
 
         def is_shown(name: str) -> bool:
             base, _, point = name.partition(":")[0].partition("#")
-            if not point or point.partition(".")[0] in {*POINTS, *_TABLES}:
-                return bool(point) or base in modules
-            return base in modules and point in public_methods(modules[base])
+            if point.partition(".")[0] in {*POINTS, *_TABLES}:
+                return True
+            kind = kind_of(base)
+            return kind in methods and (not point or point in methods[kind])
 
         return self._only(lambda name: name == LOGITS or is_shown(name))
 
@@ -300,6 +310,7 @@ def _hooks(side: Watched, name: str, module: nn.Module, visit: Visit) -> list[An
     ]
 
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 SHORT = 16
 """Tokens that a model is run for to find out its sites, and some more."""
 
