@@ -37,7 +37,7 @@ from portkit.parity.judging.judge import Verdict  # noqa: E402
 from portkit.parity.probes.probe import Probe, chain  # noqa: E402
 from portkit.parity.probes.probing import default_probe  # noqa: E402
 from portkit.parity.reference import Reference, load_reference  # noqa: E402
-from portkit.parity.sides.sites import PortSide  # noqa: E402
+from portkit.parity.sides.port import PortSide  # noqa: E402
 from portkit.parity.subject.discovery import sites_of  # noqa: E402
 from portkit.tokenizer import Tokenizer  # noqa: E402
 

@@ -30,7 +30,8 @@ from portkit.parity.prove import prove
 from portkit.parity.question import Question
 from portkit.parity.reference import load_reference
 from portkit.parity.sides import making
-from portkit.parity.sides.sites import PortSide, Side
+from portkit.parity.sides.port import PortSide
+from portkit.parity.sides.sites import Side
 
 MEMORY_OF_PROVING = """
 import re, sys

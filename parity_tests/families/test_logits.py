@@ -14,7 +14,7 @@ from portkit.loading import load
 from portkit.parity.logits import compare_logits, run_all
 from portkit.parity.probes.probing import default_probe, thorough_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 
 DTYPES = [torch.float32, torch.bfloat16]
 KERNELS = ["sdpa", "eager"]

@@ -21,7 +21,7 @@ from portkit.nn.moe import ByChoice
 from portkit.parity.comparing import compare
 from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 from portkit.parity.subject.discovery import sites_between, sites_of
 
 ONE_OF_EACH = [

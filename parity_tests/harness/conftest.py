@@ -17,7 +17,7 @@ from portkit.parity.reference import load_reference
 from portkit.parity.reports import report
 from portkit.parity.reports.schema import as_fields
 from portkit.parity.result import NotVerified, ParityResult
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 from portkit.parity.subject.discovery import sites_between
 
 CULPRIT = "model.layers.3.self_attn#context"

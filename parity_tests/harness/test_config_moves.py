@@ -28,7 +28,8 @@ from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.prove import prove
 from portkit.parity.question import Question
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import LOGITS, PortSide, watching
+from portkit.parity.sides.port import PortSide
+from portkit.parity.sides.sites import LOGITS, watching
 from portkit.parity.subject.discovery import sites_of
 from portkit.parity.teeth.moving import ConfigMoves
 from portkit.parity.teeth.neighbours import Move, Neighbour, moves

@@ -24,7 +24,7 @@ from portkit.parity.reference import load_reference
 from portkit.parity.reports import schema, summary
 from portkit.parity.result import Comparison, ParityResult
 from portkit.parity.sides import making
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 from portkit.parity.subject.discovery import sites_of
 from portkit.parity.teeth.diagnose import Cause
 from portkit.parity.teeth.kill import kill_matrix

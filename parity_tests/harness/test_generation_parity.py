@@ -18,7 +18,7 @@ from portkit.checkpoint import LocalFiles
 from portkit.loading import load
 from portkit.parity.generation import GenerationParity, compare_generation
 from portkit.parity.reference import Reference, load_reference
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 from portkit.tokenizer import Tokenizer
 
 PROMPT = [5, 17, 301, 44, 8]

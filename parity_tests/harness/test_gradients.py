@@ -28,7 +28,7 @@ from portkit.nn.mlp import GatedMLP
 from portkit.parity.gradients import GradientParity, compare_gradients
 from portkit.parity.judging.judge import Verdict
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 from portkit.parity.subject.discovery import sites_between
 from portkit.training.objective import Objective
 

@@ -15,7 +15,7 @@ from portkit.parity.judging.judge import Verdict
 from portkit.parity.probes.probing import default_probe, quick_probe, thorough_probe
 from portkit.parity.reference import load_reference
 from portkit.parity.result import Comparison
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 from portkit.parity.subject.discovery import sites_between
 
 NUM_RUNS = 200

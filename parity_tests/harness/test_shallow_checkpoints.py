@@ -32,7 +32,8 @@ from portkit.parity.judging.local import Trace, recorder
 from portkit.parity.judging.precision import casts_lifted
 from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import PortSide, watching
+from portkit.parity.sides.port import PortSide
+from portkit.parity.sides.sites import watching
 from portkit.parity.subject.discovery import sites_of
 from portkit.parity.teeth.sensitivity import NO_ANGLE, UNREAD
 

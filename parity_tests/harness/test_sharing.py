@@ -11,8 +11,9 @@ from portkit.parity.comparing import compare
 from portkit.parity.judging.judge import Verdict
 from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
+from portkit.parity.sides.port import PortSide
 from portkit.parity.sides.sharing import share_parameters
-from portkit.parity.sides.sites import PortSide, parameters_of
+from portkit.parity.sides.sites import parameters_of
 from portkit.parity.subject.discovery import sites_between
 
 MATRIX = "model.layers.1.mlp.up_proj.weight"

@@ -18,7 +18,7 @@ from portkit.parity.judging.spread import NUM_TOKENS, Spread, token_sums, worst_
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.probes.probing import quick_probe
 from portkit.parity.reference import load_reference
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 from portkit.parity.subject.discovery import sites_between
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from portkit.architecture import CausalLM
 from portkit.parity.logits import compare_logits, run_all
 from portkit.parity.probes.probe import Pass, Probe
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 
 VOCABULARY = 7
 

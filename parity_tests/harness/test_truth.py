@@ -22,7 +22,7 @@ from portkit.parity.judging.precision import (
 )
 from portkit.parity.probes.probing import default_probe, quick_probe
 from portkit.parity.reference import Reference, load_reference
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 from portkit.parity.subject.discovery import sites_of
 
 FAMILIES = ["llama3", "qwen3 yarn sliding", "gemma3"]

@@ -86,7 +86,7 @@ def test_an_unknown_variant_lists_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"nor a variant: there are cohere2-1m, .*smollm3-1m"):
         read_variant("gpt5")
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(InvalidConfig, match="is not a JSON object"):
+    with pytest.raises(InvalidConfig, match="must be a JSON object"):
         read_variant(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InvalidConfig, match="is not JSON"):

@@ -22,7 +22,7 @@ from portkit.parity.probes.probe import Probe
 from portkit.parity.probes.probing import default_probe
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.result import Comparison, ParityResult
-from portkit.parity.sides.sites import PortSide
+from portkit.parity.sides.port import PortSide
 from portkit.parity.subject.discovery import sites_between
 
 SITE = "model.layers.3.self_attn.q_norm"

@@ -24,7 +24,8 @@ from portkit.parity.judging.judge import Judgement, Verdict, judge, relative, wo
 from portkit.parity.judging.ledger import Distance, PassRecord, SiteAccount, squares_of
 from portkit.parity.judging.precision import LiftedCasts, held_in_float64
 from portkit.parity.reference import Reference, by_name
-from portkit.parity.sides.sites import PortSide, SiteTable, parameters_of, watching
+from portkit.parity.sides.port import PortSide
+from portkit.parity.sides.sites import SiteTable, parameters_of, watching
 
 PASS = "backward"
 LEARNING_RATE = 1e-2

@@ -27,8 +27,9 @@ from portkit.parity.question import Question
 from portkit.parity.reference import Reference
 from portkit.parity.result import Comparison, NotVerified, ParityResult
 from portkit.parity.sides.making import Sides, make_sides, make_subject
+from portkit.parity.sides.port import PortSide
 from portkit.parity.sides.sharing import share_parameters
-from portkit.parity.sides.sites import CannotRun, PortSide, SiteTable
+from portkit.parity.sides.sites import CannotRun, SiteTable
 from portkit.parity.subject.traits import Traits
 from portkit.parity.teeth.fates import Teeth, chosen, merged
 from portkit.parity.teeth.kill import KillMatrix, kill_matrix

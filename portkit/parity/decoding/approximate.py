@@ -18,8 +18,9 @@ from torch import Tensor
 from portkit.architecture import CausalLM
 from portkit.parity.judging.local import Trace, block_modules, recorder, taught
 from portkit.parity.probes.probe import Pass, chain
+from portkit.parity.sides.port import PortSide
 from portkit.parity.sides.roles import Visit
-from portkit.parity.sides.sites import PortSide, SiteTable, watching
+from portkit.parity.sides.sites import SiteTable, watching
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ from portkit.parity.probes.feeding import (
     prompts_of,
 )
 from portkit.parity.reference import Reference
-from portkit.parity.sides.sites import LOGITS, PortSide, SiteTable, watching
+from portkit.parity.sides.port import PortSide
+from portkit.parity.sides.sites import LOGITS, SiteTable, watching
 from portkit.readable import ReadableBatch
 
 SAME_LOGITS = SAME_GRADIENT

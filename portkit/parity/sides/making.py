@@ -36,7 +36,8 @@ from portkit.parity.sides.counting import counts_real
 from portkit.parity.sides.factories import Factory, Made
 from portkit.parity.sides.foreign import ForeignSide, Surroundings
 from portkit.parity.sides.pairs import SitePairs
-from portkit.parity.sides.sites import EVERYTHING, CannotRun, PortSide, Side, SiteTable
+from portkit.parity.sides.port import PortSide
+from portkit.parity.sides.sites import EVERYTHING, CannotRun, Side, SiteTable
 from portkit.parity.subject.by_inputs import discover_by
 from portkit.parity.subject.discovery import discover
 from portkit.parity.subject.traits import (

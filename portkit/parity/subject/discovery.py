@@ -18,13 +18,13 @@ from torch import Tensor
 from portkit.architecture import CausalLM
 from portkit.parity.judging.local import recorder
 from portkit.parity.probes.probe import Pass, chain
+from portkit.parity.sides.port import PortSide
 from portkit.parity.sides.routing import EXPERTS
 from portkit.parity.sides.sites import (
     AGAIN,
     EVERYTHING,
     POINTS,
     CannotRun,
-    PortSide,
     Side,
     SiteTable,
     watching,

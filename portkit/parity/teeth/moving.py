@@ -26,7 +26,8 @@ from portkit.parity.judging.local import Trace, fitted
 from portkit.parity.judging.precision import casts_lifted, held_in_float64, ran_out_of_memory
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.probes.probing import lacking
-from portkit.parity.sides.sites import LOGITS, PortSide, SiteTable, watching
+from portkit.parity.sides.port import PortSide
+from portkit.parity.sides.sites import LOGITS, SiteTable, watching
 from portkit.parity.subject.dims import by_token, rows, same_shape
 from portkit.parity.teeth.neighbours import Move, Neighbour, moves
 from portkit.parity.teeth.sensitivity import LOADING, NO_ANGLE, UNREAD, Sensitivity

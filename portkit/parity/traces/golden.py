@@ -27,7 +27,8 @@ from portkit.parity.probes.probing import unexercised
 from portkit.parity.prove import CARE, memory_watched
 from portkit.parity.question import Question, check_layers
 from portkit.parity.result import Comparison, NotVerified, ParityResult
-from portkit.parity.sides.sites import LOGITS, PortSide, SiteTable, watching
+from portkit.parity.sides.port import PortSide
+from portkit.parity.sides.sites import LOGITS, SiteTable, watching
 from portkit.parity.subject.dims import rows
 from portkit.parity.subject.discovery import sites_of
 from portkit.parity.traces.recording import PORTKIT, config_digest

@@ -33,8 +33,9 @@ from portkit.parity.probes.probe import Pass, Probe, as_json, check_fits
 from portkit.parity.prove import memory_watched
 from portkit.parity.question import Question, check_layers
 from portkit.parity.reference import Reference, load_reference
+from portkit.parity.sides.port import PortSide
 from portkit.parity.sides.routing import EXPERTS
-from portkit.parity.sides.sites import LOGITS, PortSide, Side, SiteTable, watching
+from portkit.parity.sides.sites import LOGITS, Side, SiteTable, watching
 from portkit.parity.subject.dims import rows, token_dim
 from portkit.parity.subject.discovery import discover
 from portkit.parity.subject.traits import traits_of
