@@ -119,15 +119,15 @@ UNREADABLE = [
         in_site(0, dims=None),
     ),
     Bad(
-        "unknown dims",
-        ": the dims of model.embed_tokens, 'batch sequence hidden', have not one of position and "
-        f"query{AGAIN}",
-        in_site(0, dims="batch sequence hidden"),
+        "tokens of two kinds",
+        ": the dims of model.embed_tokens, 'batch position query', have more than one of position "
+        f"and query{AGAIN}",
+        in_site(0, dims="batch position query"),
     ),
     Bad(
-        "dims without rows",
-        ": the dims of model.embed_tokens, 'position channel', do not begin with one batch",
-        in_site(0, dims="position channel"),
+        "a word twice",
+        ": the dims of model.embed_tokens, 'batch channel channel', are not words, each there once",
+        in_site(0, dims="batch channel channel"),
     ),
     Bad("a site twice", f": lists the site {MLP} twice{AGAIN}", _twice),
     Bad(

@@ -119,6 +119,8 @@ def command(
     parity.tell("")
     for name in found.not_finite[:3]:
         say(f"note: {name} holds NaN", aside=True)
+    for name, reason in list(found.refused.items())[:3]:
+        say(f"note: the pass {name} is left out: {reason}", aside=True)
     written = TraceFile(out)
     if json:
         print_json(

@@ -19,8 +19,8 @@ from portkit.parity.judging.judge import CHANNEL_FACTOR, FLOOR_FACTOR, Judgement
 from portkit.parity.judging.ledger import Distance, SiteAccount, difference, squares_of
 from portkit.parity.judging.tables import is_table, within_frequencies
 from portkit.parity.probes.probe import Pass
-from portkit.parity.subject.dims import rows, same_shape
-from portkit.parity.traces.trace_file import RecordedFloor, token_place
+from portkit.parity.subject.dims import apart, rows, same_shape, token_dim
+from portkit.parity.traces.trace_file import RecordedFloor
 
 Floors = Mapping[str, RecordedFloor]
 
@@ -41,14 +41,17 @@ class CarriedErrors:
 
     def hold(self, one: Pass, site: str, dims: str, pair: tuple[Tensor, Tensor]) -> None:
         """Add a site of a pass: ours and the recorded one, at the tokens that both have."""
-        account, place = self.account(site, dims), token_place(dims)
+        account, place = self.account(site, dims), token_dim(dims)
+        pair = apart(pair[0], dims, one), apart(pair[1], dims, one)
         kinds = [each.is_floating_point() for each in pair]
         if len({each.dim() for each in pair}) > 1 or kinds[0] != kinds[1]:
             self._misshapen(account, one, pair)
             return
-        kept = min(each.shape[place] for each in pair)
-        self.shortened |= any(each.shape[place] > kept for each in pair)
-        ours, theirs = (each.narrow(place, each.shape[place] - kept, kept) for each in pair)
+        ours, theirs = pair
+        if place is not None:
+            kept = min(each.shape[place] for each in pair)
+            self.shortened |= any(each.shape[place] > kept for each in pair)
+            ours, theirs = (each.narrow(place, each.shape[place] - kept, kept) for each in pair)
         if not same_shape(dims, ours, theirs):
             self._misshapen(account, one, pair)
             return

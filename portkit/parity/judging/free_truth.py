@@ -26,10 +26,13 @@ Run = Callable[..., Any]
 
 
 class FreeTruth:
-    """Runs the passes of a probe in order, in float64, each going on from its own past."""
+    """Runs the passes of a probe in order, in float64, each going on from its own past.
 
-    def __init__(self, side: Side, table: SiteTable) -> None:
-        self._side, self._table = side, table
+    `whole`: all of the model is held in it at once, whatever its blocks are called.
+    """
+
+    def __init__(self, side: Side, table: SiteTable, *, whole: bool = False) -> None:
+        self._side, self._table, self._whole = side, table, whole
         self._caches: dict[str, Any] = {}
 
     @torch.no_grad()
@@ -37,14 +40,14 @@ class FreeTruth:
         """Have `look` see what each site of `trace` would have been."""
 
         def visit(name: str, tensor: Tensor) -> Tensor:
-            if "#cos" in name or "#sin" in name:
+            if name in trace and ("#cos" in name or "#sin" in name):
                 return trace[name].double()
             if name in trace and tensor.is_floating_point():
                 look(name, tensor)
             return tensor
 
         with (
-            _blocks_in_float64(self._side, self._table),
+            self._held(),
             self._side.plain_experts(),
             watching(self._side, self._table, visit),
             casts_lifted(),
@@ -52,6 +55,11 @@ class FreeTruth:
             logits = self._side.run(one, self._caches)
         if LOGITS in trace:
             look(LOGITS, logits)
+
+    def _held(self) -> Any:
+        if self._whole and self._side.model is not None:
+            return held_in_float64(self._side.model)
+        return _blocks_in_float64(self._side, self._table)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ none, nor rows, as a mask for all of them. Knows passes; runs nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -100,6 +101,28 @@ def same_shape(dims: str, port: Tensor, reference: Tensor) -> bool:
 def num_merged(tensor: Tensor, dims: str) -> int:
     """How many of the first dimensions are one in this tensor."""
     return len(dims.split()) - tensor.dim() + 1
+
+
+def sizes(shape: Sequence[int], dims: str, one: Pass) -> tuple[int, ...] | None:
+    """Of every word; None where a tensor of this shape is not made of them."""
+    words = dims.split()
+    count = len(words) - len(shape) + 1
+    if count <= 0 or not shape:
+        return (*shape[: len(words) - 1], math.prod(shape[len(words) - 1 :]))
+    if count == 1:
+        return tuple(shape)
+    first = _sizes(words[:count], shape[0], one)
+    known = math.prod(one for one in first if one != -1)
+    if first.count(-1) > 1 or known == 0 or shape[0] % known:
+        return None
+    first = [shape[0] // known if one == -1 else one for one in first]
+    return (*first, *shape[1:]) if math.prod(first) == shape[0] else None
+
+
+def apart(tensor: Tensor, dims: str, one: Pass) -> Tensor:
+    """A tensor with a dimension for each word."""
+    found = sizes(tensor.shape, dims, one)
+    return tensor if found is None else tensor.reshape(found)
 
 
 def _apart(tensor: Tensor, dims: str, one: Pass) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from portkit.errors import TraceError
+from portkit.errors import TraceError, UnsupportedConfig
 from portkit.loading import COMPUTE_DTYPES, LoadedModel, draw, materialize, open_checkpoint
 from portkit.parity.comparing import Comparing, Tell, groups
 from portkit.parity.judging.carried import CarriedErrors
@@ -34,6 +34,7 @@ from portkit.parity.subject.discovery import sites_of
 from portkit.parity.traces.recording import PORTKIT, config_digest
 from portkit.parity.traces.trace_diff import CARRIED
 from portkit.parity.traces.trace_file import RecordedFloor, TraceFile, names
+from portkit.registry import is_ported
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ def _prepare(trace: TraceFile, question: Question) -> _Held:
             "in that dtype"
         )
     checkpoint = open_checkpoint(question.repo, question.revision)
+    if not is_ported(checkpoint.config):
+        raise UnsupportedConfig(
+            f"config.json: model_type is {checkpoint.config.get('model_type')!r:.60}, of which "
+            "there is no port here to hold against a recording: record yours too (docs/traces.md), "
+            "and hold it against this one by portkit diff"
+        )
     blueprint = draw(checkpoint, question.attention, question.ignore_config)
     check_layers(question, blueprint.config.num_hidden_layers)
     digest = config_digest(checkpoint.files)

@@ -27,6 +27,7 @@ from portkit.parity.judging.free_truth import FreeTruth
 from portkit.parity.judging.judge import channel_floors, floor_of, pool_width, relative
 from portkit.parity.judging.ledger import Distance, Ledger, squares_of
 from portkit.parity.judging.local import Calls, Recording, Trace, calls_kept, recorder
+from portkit.parity.judging.precision import ran_out_of_memory
 from portkit.parity.judging.truth import Truth
 from portkit.parity.judging.whole import WholeTruth
 from portkit.parity.probes.probe import Pass, Probe, as_json, check_fits
@@ -35,8 +36,8 @@ from portkit.parity.question import Question, check_layers
 from portkit.parity.reference import Reference, load_reference
 from portkit.parity.sides.port import PortSide
 from portkit.parity.sides.routing import EXPERTS
-from portkit.parity.sides.sites import LOGITS, Side, SiteTable, watching
-from portkit.parity.subject.dims import rows, token_dim
+from portkit.parity.sides.sites import LOGITS, CannotRun, Side, SiteTable, watching
+from portkit.parity.subject.dims import apart, is_steady, rows, sizes, token_dim
 from portkit.parity.subject.discovery import discover
 from portkit.parity.subject.traits import traits_of
 from portkit.parity.traces.trace_file import Provenance, RecordedFloor, description_of, names
@@ -75,11 +76,12 @@ class Keep:
         """Every site's output at every token."""
         return not self.patterns and self.last_tokens is None
 
-    def tokens(self, tensor: Tensor, dims: str) -> Tensor:
+    def tokens(self, tensor: Tensor, dims: str, one: Pass) -> Tensor:
         """The last tokens of a site."""
         place = token_dim(dims)
-        if place is None:
+        if place is None or self.last_tokens is None:
             return tensor
+        tensor = apart(tensor, dims, one)
         kept = min(self.last_tokens or tensor.shape[place], tensor.shape[place])
         return tensor.narrow(place, tensor.shape[place] - kept, kept)
 
@@ -92,6 +94,8 @@ class Recorded:
     floors: dict[str, RecordedFloor] | None = None
     not_finite: list[str] = field(default_factory=list)
     """Sites with NaN at a real token, as `PASS/SITE`."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Passes that the side does not run, and why."""
 
 
 class Recorder:
@@ -111,7 +115,7 @@ class Recorder:
         """The kind of cache that the side made."""
         self._ledger = Ledger(table, ())
         self._truth = truth(side, side, table, self._ledger)
-        self._free = FreeTruth(side, table)
+        self._free: FreeTruth | None = FreeTruth(side, table, whole=truth is WholeTruth)
         self._carried: defaultdict[str, Distance] = defaultdict(Distance)
         self._free_truth: defaultdict[str, Distance] = defaultdict(Distance)
         self.found = Recorded()
@@ -119,20 +123,28 @@ class Recorder:
     @torch.no_grad()
     def run(self, probe: Probe, tell: Tell, expect: Callable[[int], None]) -> Recorded:
         """Record every pass. `expect` is told about how many bytes it will be, after the first."""
-        continued = {one.continues for one in probe}
+        continued, told = {one.continues for one in probe}, False
         for group in groups(probe):
             recordings = []
             for one in group:
                 tell(one.name)
-                recording = self._record(one, probe.past(one))
-                if one is probe.passes[0]:
+                try:
+                    recording = self._record(one, probe.past(one))
+                except CannotRun as reason:
+                    self.found.refused[one.name] = str(reason)
+                    continue
+                if not told:
+                    told = True
                     expect(self._estimate(recording, probe))
                 recordings.append(recording)
                 if one.name not in continued:
-                    self._caches.pop(one.name)
-            if self._keep.floors:
+                    self._caches.pop(one.name, None)
+            if self._keep.floors and recordings:
                 tell(f"{group[-1].name} in float64")
                 self._measure(recordings)
+        if not told:
+            reasons = "; ".join(dict.fromkeys(self.found.refused.values()))
+            raise TraceError(f"no pass was recorded: the model does not run ({reasons})")
         if self._keep.floors:
             self.found.floors = {
                 name: floor for name in self.found.sites if (floor := self._floor(name))
@@ -146,7 +158,8 @@ class Recorder:
             calls_kept(self._side, self._table) as calls,
         ):
             logits = self._side.run(one, self._caches)
-        self.cache = type(self._caches[one.name]).__name__
+        left = self._caches.get(one.name)
+        self.cache = self.cache if left is None else type(left).__name__
         if self._table.dims(LOGITS) is not None:
             trace[LOGITS] = logits
         for name in filter(self._keep.site, trace):
@@ -154,7 +167,7 @@ class Recorder:
             self.found.sites.setdefault(name, dims)
             if trace[name].is_floating_point() and bool(rows(trace[name], dims, one).isnan().any()):
                 self.found.not_finite.append(f"{one.name}/{name}")
-            self._writer.add(f"{one.name}/{name}", self._keep.tokens(trace[name], dims))
+            self._writer.add(f"{one.name}/{name}", self._keep.tokens(trace[name], dims, one))
         if not self.found.sites:
             raise TraceError(
                 f"no site matches {', '.join(self._keep.patterns)}; there are {names(trace)}"
@@ -166,12 +179,13 @@ class Recorder:
         total, first = 0, recording.run
         for name, dims in self.found.sites.items():
             tensor = recording.trace[name]
-            words = dims.split()
+            words, shape = dims.split(), sizes(tensor.shape, dims, first)
+            assert shape is not None, f"{name} was measured"
             for one in probe:
                 past = probe.past(one)
                 reach = past if name.endswith(("#key", "#value")) else 0
                 size = tensor.itemsize
-                for word, had in zip(words, tensor.shape, strict=True):
+                for word, had in zip(words, shape, strict=True):
                     if word == "batch" and had == len(first.input_ids):
                         size *= len(one.input_ids)
                     elif word in {"position", "query"}:
@@ -188,15 +202,31 @@ class Recorder:
             one, trace = each.run, each.trace
 
             def add(name: str, truth: Tensor, one: Pass = one, trace: Trace = trace) -> None:
+                if truth.shape != trace[name].shape:  # experts that take other turns in float64
+                    return
                 dims = self._ledger.site(name).dims
                 held = rows(truth, dims, one)
                 gap = squares_of(rows(trace[name], dims, one), held)
                 self._carried[name].add(gap, len(held))
                 self._free_truth[name].add(squares_of(held), len(held))
 
-            self._free.run(one, trace, add)
-            trace.pop(LOGITS, None)  # given its input it has no truth of its own; the head has
+            self._run_freely(one, trace, add)
+            if isinstance(self._truth, Truth):
+                trace.pop(LOGITS, None)  # given its input it has no truth; the head has
         self._truth.judge(recordings)
+
+    def _run_freely(self, one: Pass, trace: Trace, add: Callable[[str, Tensor], None]) -> None:
+        """Where the model does not run in float64 there is no truth to be carried from."""
+        if self._free is None:
+            return
+        try:
+            self._free.run(one, trace, add)
+        except (CannotRun, RuntimeError, TypeError) as error:
+            if isinstance(self._truth, Truth) or ran_out_of_memory(error):
+                raise
+            self._free = None
+            self._carried.clear()
+            self._free_truth.clear()
 
     def _floor(self, name: str) -> RecordedFloor | None:
         account = self._ledger.site(name)
@@ -207,7 +237,7 @@ class Recorder:
         if carried is None:  # a rotary table: nothing comes before it
             carried = rms
         channels, pooled = None, 1
-        if rms is not None and self._keep.is_whole:
+        if rms is not None and self._keep.is_whole and is_steady(account.dims):
             pooled = pool_width(account.truth)
             channels = tuple(
                 _rounded(one, _CHANNEL_DIGITS) for one in channel_floors(account).tolist()
@@ -266,6 +296,7 @@ def record(
         found = recorder_.run(
             replace(probe, passes=tuple(p.to(device) for p in probe)), tell, expect
         )
+        ran = tuple(one for one in probe if one.name not in found.refused)
         provenance = Provenance(
             model=_name(question.repo),
             engine=order.engine,
@@ -282,11 +313,11 @@ def record(
         )
         writer.description = description_of(
             provenance,
-            as_json(probe),
+            as_json(replace(probe, passes=ran)),
             found.sites,
             found.floors,
             order.keep.last_tokens,
-            is_whole=order.keep.is_whole and question.layers is None,
+            is_whole=order.keep.is_whole and question.layers is None and not found.refused,
         )
     return found
 

@@ -20,18 +20,22 @@ from torch import Tensor
 from portkit.errors import ProbeError, TraceError
 from portkit.json_reading import parse_object
 from portkit.parity.probes.probe import Pass, Probe, from_json
+from portkit.parity.subject.dims import KEY as KEYS
+from portkit.parity.subject.dims import LENGTH, is_steady, sizes
 from portkit.shown import as_json
 
 FORMAT = 1
 KEY = "portkit.trace"
 """Where the metadata holds the description."""
 TOKENS = ("position", "query")
-"""The dimensions that count tokens; a site has one of them."""
+"""The dimensions that count new tokens; a site has one of them at the most."""
 _COMPARABLE = frozenset(
     {"F64", "F32", "BF16", "F16", "BOOL", *(f"{sign}{n}" for sign in "IU" for n in (8, 16, 32, 64))}
 )
 """Torch computes with no others throughout."""
 _OUTER = {"batch", *TOKENS}
+_MOST_WORDS = 16
+"""Of dims."""
 CACHED = ("#key", "#value")
 """Sites that reach back over the cache."""
 
@@ -135,7 +139,7 @@ class TraceFile:
                     f"{name} of shape {list(shape)} does not fit {self.sites[site]!r}: {problem}",
                 )
             floor = (self.floors or {}).get(site)
-            if floor and floor.channels and not _covers(floor, self.sites[site], shape):
+            if floor and floor.channels and not _covers(floor, self.sites[site], shape, passes[of]):
                 raise _wrong(self.path, f"the floor of {site} has {len(floor.channels)} channels")
             found.add(site)
         for site in self.sites:
@@ -145,10 +149,12 @@ class TraceFile:
     def _misfit(self, one: Pass, site: str, shape: tuple[int, ...]) -> str | None:
         """Why a tensor cannot be what a site had in a pass; None where it can."""
         words = self.sites[site].split()
-        if len(words) != len(shape):
-            return f"it has {len(shape)} dimensions"
+        fits = 0 < len(shape) <= len(words) or (shape and words[-1] == LENGTH)
+        apart = sizes(shape, self.sites[site], one) if fits else None
+        if apart is None:
+            return f"it has {len(shape)} dimensions, which are not made of these"
         past = self.probe.past(one)
-        for word, size in zip(words, shape, strict=True):
+        for word, size in zip(words, apart, strict=True):
             most = one.num_tokens + (past if site.endswith(CACHED) or word == "key" else 0)
             if word == "batch" and size not in {1, len(one.input_ids)}:
                 return f"the pass has {len(one.input_ids)} rows"
@@ -156,14 +162,9 @@ class TraceFile:
                 return f"the pass has {most} tokens there"
             if word in TOKENS and size > (self.last_tokens or most):
                 return f"last_tokens is {self.last_tokens}"
-            if size == 0:
+            if size == 0 and LENGTH not in words:
                 return f"it has no {word}"
         return None
-
-
-def token_place(dims: str) -> int:
-    """Which dimension counts tokens."""
-    return next(i for i, name in enumerate(dims.split()) if name in TOKENS)
 
 
 def description_of(
@@ -269,12 +270,11 @@ def _sites(path: Path, listed: Any) -> dict[str, str]:
         if not isinstance(name, str) or not name.isprintable() or not isinstance(dims, str):
             raise _wrong(path, f"sites lists {each!r:.80}, which has no name and dims")
         words = dims.split()
-        if words[:1] != ["batch"] or len(set(words)) < len(words):
-            raise _wrong(path, f"the dims of {name}, {dims!r:.60}, do not begin with one batch")
-        if sum(word in TOKENS for word in words) != 1:
-            raise _wrong(
-                path, f"the dims of {name}, {dims!r:.60}, have not one of {' and '.join(TOKENS)}"
-            )
+        if not 0 < len(words) <= _MOST_WORDS or len(set(words)) < len(words):
+            raise _wrong(path, f"the dims of {name}, {dims!r:.60}, are not words, each there once")
+        if sum(word in TOKENS for word in words) > 1:
+            both = " and ".join(TOKENS)
+            raise _wrong(path, f"the dims of {name}, {dims!r:.60}, have more than one of {both}")
         if name in found:
             raise _wrong(path, f"lists the site {name} twice")
         found[name] = " ".join(words)
@@ -304,9 +304,14 @@ def _floors(path: Path, given: Any, sites: Mapping[str, str]) -> dict[str, Recor
     return found
 
 
-def _covers(floor: RecordedFloor, dims: str, shape: tuple[int, ...]) -> bool:
+def _covers(floor: RecordedFloor, dims: str, shape: tuple[int, ...], one: Pass) -> bool:
     """Whether a floor's channels are those of a site: all that is neither a row nor a token."""
-    inner = (n for word, n in zip(dims.split(), shape, strict=True) if word not in _OUTER)
+    if not is_steady(dims):
+        return False  # a token has not as many of them in every pass
+    apart, words = sizes(shape, dims, one), dims.split()
+    assert apart is not None, "asked of a site that fits"
+    outer = _OUTER if set(words) & set(TOKENS) else {*_OUTER, KEYS}
+    inner = (n for word, n in zip(words, apart, strict=True) if word not in outer)
     assert floor.channels is not None, "asked of a floor with channels"
     return len(floor.channels) == math.ceil(math.prod(inner) / floor.pooled)
 
