@@ -143,7 +143,7 @@ UNREADABLE = [
     Bad(
         "other dimensions",
         f": short/{MLP} of shape [2, 12, 320, 1] does not fit 'batch position channel': it has 4 "
-        f"dimensions{AGAIN}",
+        f"dimensions, which are not made of these{AGAIN}",
         tensor(f"short/{MLP}", lambda one: one[..., None]),
     ),
     Bad(

@@ -89,7 +89,7 @@ def test_floors_are_those_of_a_proof(recorded: Recorder, tiny_checkpoint: Checkp
     proof = compared(loading.load(tiny_checkpoint("gemma3 shallow", torch.bfloat16)))
     proven = {one.site: one.floor for one in proof.judgements if one.floor is not None}
     for site, floor in floors.items():
-        if site != "#logits":
+        if site not in {"#logits", "model"}:  # what holds the layers has no block of its own
             assert floor.rms == pytest.approx(proven[site], rel=1e-5)
             assert floor.channels is not None
             assert len(floor.channels) > 1
