@@ -98,7 +98,7 @@ def test_in_bfloat16_only_a_close_call_falls_otherwise() -> None:
     tokens = {name: [ids] for name, ids in told.items()}
     agreement = compare_tokens(loaded.model, [[1, 2, 3]], tokens, {})["fast"]
     assert agreement.same
-    assert agreement.first_difference is None or agreement.first_difference["token"] > 100
+    assert agreement.first_difference is None or agreement.first_difference["steps"] <= 1
 
 
 def test_stories260k_tells_the_published_story(data_folder: Path, tmp_path: Path) -> None:
