@@ -68,7 +68,8 @@ def test_our_families_replay_in_every_bit(
     assert {"padded.2", "decode.6", "chunk.1", "far"} <= {*names}
     unseen = {"care in bfloat16"} if dtype == FP32 else set()
     unseen |= {"what is rounding"} if without else set()
-    assert left_out(printed).keys() == NEVER_SHOWN | unseen
+    told = {name for name in left_out(printed) if not name.startswith("sites ")}
+    assert told == NEVER_SHOWN | unseen
 
 
 def test_without_inputs_errors_are_carried(recorded: Recorder, prove: Prove) -> None:
