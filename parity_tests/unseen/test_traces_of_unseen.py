@@ -45,7 +45,7 @@ def test_recorded_and_held_against_another(
     assert found["verdict"] == "exact"
     assert found["first_difference"] is None
 
-    last = {"norm", "norm_f", "ln_f"}
+    last = {"norm", "norm_f", "ln_f", "final_layernorm"}
     changed = next(one for one in whole.sites if one.rpartition(".")[2] in last)
     with safe_open(files[0], "pt") as held:
         tensors = {one: held.get_tensor(one) for one in held.keys()}  # noqa: SIM118
