@@ -237,13 +237,16 @@ def is_of_transformers(model: object) -> bool:
     )
 
 
-def reference_of(model: nn.Module) -> Reference:
-    """A model of Transformers that is at hand, as it is, in evaluation mode."""
+def reference_of(model: nn.Module, *, is_partial: bool = False) -> Reference:
+    """A model of Transformers that is at hand, as it is, in evaluation mode.
+
+    `is_partial`: it stands in the port's place.
+    """
     config: Any = model.config
     runs = getattr(config, "_attn_implementation", None) or "eager"
     notes = ("the reference was in training mode; it was compared in evaluation",)
     was_training = model.training
-    return Reference(model.eval(), runs, notes if was_training else ())
+    return Reference(model.eval(), runs, notes if was_training else (), is_partial)
 
 
 def _text_modules(model: nn.Module) -> dict[str, nn.Module]:

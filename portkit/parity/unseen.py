@@ -13,9 +13,8 @@ from torch import Tensor
 
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.result import NotVerified
-from portkit.parity.sides.fitting import kind_of
 from portkit.parity.sides.roles import Visit
-from portkit.parity.sides.sites import CannotRun
+from portkit.parity.sides.sites import CannotRun, kind_of
 
 _TOLD = 3
 

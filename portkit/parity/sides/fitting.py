@@ -9,7 +9,6 @@ compared.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -19,17 +18,12 @@ import torch
 from torch import Tensor
 
 from portkit.parity.sides.roles import Visit
+from portkit.parity.sides.sites import kind_of
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=[.#:@]|$)|(?<=@)\d+")
 _HEAD, _TOKEN = 1, 2
 """Dimensions of keys and values as attention sees them."""
 Misfit = Callable[[str, Tensor, Tensor], None]
 Shape = torch.Size
-
-
-def kind_of(name: str) -> str:
-    """A site's name with its numbers left open."""
-    return _NUMBER.sub("*", name)
 
 
 @dataclass(frozen=True)

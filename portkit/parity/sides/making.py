@@ -165,10 +165,7 @@ class _Making:
             vocabulary = _vocabulary(subject) if question.inputs is None else 0
             traits = Traits(vocabulary, None, 0)
             modules = made.modules
-            everywhere = self._around(EVERYTHING, modules, traits)
-            table = self._discovered(self._side(made, subject, "", everywhere), traits)
-            around = self._around(table, modules, traits)
-            reference = self._side(made, subject, "", around)
+            reference, table = self._by_own_names(made, subject, traits)
         check_layers(question, traits.num_layers)
         around = self._around(table, modules, traits)
         port = self._foreign(question.port, question.sites, around)
@@ -197,12 +194,18 @@ class _Making:
         traits = Traits(0, None, 0) if by_inputs else traits_of_config(config)
         check_layers(question, traits.num_layers)
         made = self._made(given)
-        everywhere = self._around(EVERYTHING, made.modules, traits)
-        table = self._discovered(self._side(made, given, "", everywhere), traits)
+        reference, table = self._by_own_names(made, given, traits)
         around = self._around(table, made.modules, traits)
-        reference = self._side(made, given, "", around)
         foreign = self._foreign(question.port, question.sites, around)
         return self._found((foreign, reference), table, traits, None)
+
+    def _by_own_names(
+        self, made: Made, given: str | Factory, traits: Traits
+    ) -> tuple[Side, SiteTable]:
+        """A callable that is no model of Transformers, and the sites that it shows."""
+        everywhere = self._around(EVERYTHING, made.modules, traits)
+        table = self._discovered(self._side(made, given, "", everywhere), traits)
+        return self._side(made, given, "", self._around(table, made.modules, traits)), table
 
     def _found(
         self,
@@ -275,7 +278,7 @@ class _Making:
         if isinstance(model, nn.Module) and is_of_transformers(model) and not (pairs or made.sites):
             if around.inputs is not None:
                 check_names(type(model).__name__, around.inputs, named(model))
-            return Reference(model, _kernel_of(model), is_partial=True)
+            return reference_of(model, is_partial=True)
         table = SitePairs(made.sites if pairs is None else pairs)
         side = ForeignSide(made.call, self._dtype, table, around, _origin(given))
         self._notes.append(lambda: tuple(side.notes))
@@ -304,10 +307,6 @@ def _vocabulary(call: Callable[..., Any]) -> int:
     if not isinstance(logits, torch.Tensor) or logits.dim() != 3:
         raise PortError("the reference gives no logits (batch, tokens, vocab_size) for a token")
     return int(logits.shape[-1])
-
-
-def _kernel_of(model: Any) -> str:
-    return getattr(model.config, "_attn_implementation", None) or "eager"
 
 
 def make_subject(question: Question, checkpoint: Checkpoint, dtype: torch.dtype) -> Subject:

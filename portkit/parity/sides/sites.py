@@ -162,7 +162,7 @@ def weights_of(side: Watched) -> dict[str, Tensor]:
 
 
 def kind_of(name: str) -> str:
-    """A module's name with its numbers left open."""
+    """A site's or a module's name with its numbers left open: the same for each layer's."""
     return _NUMBER.sub("*", name)
 
 
@@ -304,7 +304,7 @@ def _hooks(side: Watched, name: str, module: nn.Module, visit: Visit) -> list[An
     ]
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.#:@]|$)|(?<=@)\d+")
 
 
 @contextmanager

@@ -7,7 +7,6 @@ What was not observed is counted.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +26,7 @@ from portkit.parity.sides.sites import (
     CannotRun,
     Side,
     SiteTable,
+    kind_of,
     watching,
 )
 from portkit.parity.subject.measuring import CHANNEL, Order, Seen, measured, orders
@@ -104,11 +104,6 @@ def _dims(
     if point is not None:
         return point
     return measured(seen, traits.vocab_size, possible.get(kind_of(name), (Order.outer,)))
-
-
-def kind_of(name: str) -> str:
-    """The same for each layer's: in one whose experts were not chosen there is little to see."""
-    return re.sub(r"(?<=\.)\d+(?=[.#:]|$)", "*", name)
 
 
 def sites_between(port: Side, reference: Side) -> SiteTable:

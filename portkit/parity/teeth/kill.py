@@ -29,9 +29,8 @@ from portkit.parity.judging.local import Trace, recorder
 from portkit.parity.judging.precision import casts_lifted
 from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.reference import Reference
-from portkit.parity.sides.sites import LOGITS, SiteTable, watching
+from portkit.parity.sides.sites import LOGITS, SiteTable, kind_of, watching
 from portkit.parity.subject.dims import rows, same_shape
-from portkit.parity.subject.discovery import kind_of
 
 AS_LOADED = "as loaded"
 _ROWS = 512
