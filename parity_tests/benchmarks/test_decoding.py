@@ -22,7 +22,7 @@ from torch import Tensor
 from parity_tests.benchmarks.conftest import MAKE_CHECKPOINT, Compare, Comparison
 from parity_tests.benchmarks.test_opening import record
 from portkit.architecture import CausalLM
-from portkit.bench.decode import Plan, measure
+from portkit.bench.decode import Measurement, Plan
 from portkit.bench.engines import READABLE, TRANSFORMERS
 from portkit.decoding.fast import FastModel
 from portkit.decoding.packages import Packages, default_folder
@@ -125,7 +125,7 @@ def test_prefill_against_the_reference(benchmark: BenchmarkFixture, released_siz
         threads,
         VOCABULARY,
     )
-    ours, theirs = benchmark.pedantic(measure, (plan,), rounds=1)
+    ours, theirs = benchmark.pedantic(Measurement(plan).run, rounds=1)
     found = Comparison(ours.prefill_s, theirs.prefill_s)
     record(benchmark, f"prefill {LONG_PROMPT:,} tokens", "Transformers", 1.0, found)
 

@@ -20,6 +20,8 @@ from portkit.parity.probes.probe import Pass, Probe
 from portkit.parity.result import Comparison, ParityResult
 
 CHECKPOINT = Path(portkit.__file__).parent / "demo_checkpoint"
+NUM_SITES = 338
+"""Of the shipped checkpoint."""
 STORY = "Once upon a time, there was a little piglet named Finn."
 
 
@@ -57,7 +59,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 def test_the_shipped_checkpoint_is_exact_at_every_site() -> None:
     proof = demonstration.prove_shipped(CHECKPOINT, "bfloat16", "eager")
     assert (proof.verdict, proof.dtype, len(proof.probe)) == ("exact", "bfloat16", 16)
-    assert proof.num_exact == len(proof.judgements) == 337
+    assert proof.num_exact == len(proof.judgements) == NUM_SITES
 
 
 def test_everyday_gates_let_the_planted_fault_through_and_portkit_does_not(found: Found) -> None:
@@ -109,11 +111,12 @@ def test_it_is_told_in_steps(
     steps = [line.split()[1] for line in lines if line[:2] in {f"{n}." for n in range(1, 6)}]
     assert steps == ["load", "prove", "break", "find", "generate"]
     for said in (
-        "float32, eager   exact: 336 of 336 sites equal in every bit over 16 passes",
+        f"float32, eager   exact: {NUM_SITES - 1} of {NUM_SITES - 1} sites equal in every bit "
+        "over 16 passes",
         f"3. break     {SITE} is given an epsilon of 1e-05 where the checkpoint has 1e-06",
         f"first made at {SITE}",
         "function: it computes another function",
-        "diverged, 336 of 337 sites",
+        f"diverged, {NUM_SITES - 1} of {NUM_SITES} sites",
         f"report: {tmp_path / 'out' / 'report.html'} (one file: open it in a browser)",
         STORY,
     ):
@@ -137,7 +140,8 @@ def test_the_object_says_the_same(
     printed = json.loads(out)
     assert (code, printed["verdict"]) == (0, "exact")
     assert len(printed["proofs"]) == len(quickly) == 4
-    proof = {"verdict": "exact", "passes": 16, "sites": 336, "exact": 336}
+    equal = NUM_SITES - 1  # what is not equal is left out of the proof that stands in here
+    proof = {"verdict": "exact", "passes": 16, "sites": equal, "exact": equal}
     assert printed["proofs"]["float32, eager"] == proof
     fault = printed["fault"]
     assert (fault["planted"], fault["found"], fault["verdict"]) == (SITE, True, "diverged")
@@ -162,7 +166,7 @@ def test_a_fault_that_is_not_found_is_no_success(
     monkeypatch.setattr(demonstration, "find_planted", lambda *_: Found(found.gates, missed))
     code, out = run(capsys, "--out", str(tmp_path))
     assert code == 1
-    assert "4. find      exact, 336 of 336 sites" in out
+    assert f"4. find      exact, {NUM_SITES - 1} of {NUM_SITES - 1} sites" in out
 
 
 def test_a_place_that_cannot_be_written_is_said_at_once(

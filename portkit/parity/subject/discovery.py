@@ -119,7 +119,8 @@ def sites_of(model: CausalLM) -> SiteTable:
 def _passes(traits: Traits, side: Side) -> Iterator[tuple[Pass, int]]:
     """Each with the number of tokens before it; all are short."""
     room = traits.max_positions or _MORE_TOKENS + 1
-    tokens, more = (_TOKENS, _MORE_TOKENS) if room > _MORE_TOKENS else (2, min(_FEW, room))
+    few = max(1, min(_FEW, room) - 1), min(_FEW, room)  # never the same, or no axis follows them
+    tokens, more = (_TOKENS, _MORE_TOKENS) if room > _MORE_TOKENS else few
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(traits.vocab_size, (_MORE_ROWS, more + 1), generator=generator)
     other = ids[:_ROWS, :tokens].clone()
