@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -115,6 +116,14 @@ def smollm3(**config: Any) -> Tiny:
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     return Tiny("SmolLM3", {**_SHARED, **heads, **ids, "rope_theta": 5e6, **config})
 
+
+COMPUTED = [
+    pytest.param(torch.float32, "eager", id="float32-eager"),
+    pytest.param(torch.bfloat16, "sdpa", id="bfloat16-sdpa"),
+    pytest.param(torch.float32, "sdpa", id="float32-sdpa", marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, "eager", id="bfloat16-eager", marks=pytest.mark.slow),
+]
+"""Every dtype and every attention kernel; all four pairs where slow tests run."""
 
 TINY: dict[str, Tiny] = {
     "llama3": llama(rope_scaling=LLAMA3_ROPE, rope_theta=500000.0, num_hidden_layers=12),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity_tests.checkpoints import TINY, save_tiny_multimodal, save_tiny_with_towers
+from parity_tests.checkpoints import COMPUTED, TINY, save_tiny_multimodal, save_tiny_with_towers
 from parity_tests.conftest import CheckpointMaker
 from portkit.loading import load
 from portkit.parity.logits import compare_logits, run_all
@@ -17,7 +17,6 @@ from portkit.parity.reference import load_reference
 from portkit.parity.sides.port import PortSide
 
 DTYPES = [torch.float32, torch.bfloat16]
-KERNELS = ["sdpa", "eager"]
 
 
 def unequal_passes(folder: Path, dtype: torch.dtype, kernel: str) -> list[str]:
@@ -30,8 +29,7 @@ def unequal_passes(folder: Path, dtype: torch.dtype, kernel: str) -> list[str]:
     return [f"{one.name} by {one.max_difference}" for one in results if not one.exact]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "kernel"), COMPUTED)
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_checkpoints_are_exact(
     name: str, dtype: torch.dtype, kernel: str, tiny_checkpoint: CheckpointMaker

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from parity_tests.checkpoints import COMPUTED
 from parity_tests.conftest import CheckpointMaker
 from parity_tests.faults.planted.planting import replace_forward
 from portkit.loading import LoadedModel, load
@@ -19,8 +20,6 @@ from portkit.parity.result import Comparison
 from portkit.parity.sides.port import PortSide
 from portkit.parity.subject.discovery import sites_between
 
-DTYPES = [torch.float32, torch.bfloat16]
-
 
 def run(loaded: LoadedModel, attention: str = "sdpa") -> Comparison:
     dtype = next(loaded.model.parameters()).dtype
@@ -30,8 +29,7 @@ def run(loaded: LoadedModel, attention: str = "sdpa") -> Comparison:
     return compare(PortSide(loaded.model, probe.longest), reference, table, probe)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "kernel"), COMPUTED)
 @pytest.mark.parametrize(
     "name",
     [
