@@ -38,6 +38,12 @@ NEVER_CALLED = {
     "qwen3_next": "model.layers.1.linear_attn.conv1d",
     "lfm2": "model.layers.2.conv.conv",
 }
+WITH_EXPERTS = {
+    "deepseek_v3": (),
+    **dict.fromkeys(
+        ("granitemoe", "mixtral", "qwen2_moe", "qwen3_next", "glm4_moe"), pytest.mark.slow
+    ),
+}
 NO_EPSILON = {"olmo": "its norms are functions, with a constant"}
 
 
@@ -103,6 +109,28 @@ def test_a_bit_is_found_in_a_module_that_is_never_called(
     assert found.verdict == "diverged"
     assert found.culprits[0].site == f"{place}.weight (parameter)"
     assert all(one.site.startswith(place.rpartition(".")[0]) for one in found.culprits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [pytest.param(one, marks=m) for one, m in WITH_EXPERTS.items()])
+def test_what_experts_are_allowed_is_rounding(
+    name: str, dtype: str, unseen_checkpoint: UnseenMaker
+) -> None:
+    """A choice that comes in another order is no other choice: no floor is made of exchanged rows.
+
+    By that floor a mistake of a thousandth within the experts would pass.
+    """
+    folder, step = unseen_checkpoint(name), torch.finfo(DTYPES[dtype]).eps
+    port = renamed_eager(folder, DTYPES[dtype], CPU)
+    (experts,) = re.findall(r"= (\S*layers\.1\.\S+\.experts)$", port.sites, re.MULTILINE)
+    wrong = 1 + max(1e-3, 16 * step)
+    port.named(experts).register_forward_hook(lambda _, __, output: output * wrong)
+    found = compare(port, folder, dtype=dtype, attention="sdpa", probe="quick")
+    (in_dtype,) = found.comparisons
+    floors = {one.site: one.floor for one in in_dtype.judgements if one.floor is not None}
+    assert len(floors) > 20
+    assert max(floors.values()) < 8 * step, floors
+    assert [one.site for one in in_dtype.culprits] == [experts]
 
 
 def module_of(site: str) -> str:

@@ -7,7 +7,7 @@ Knows Python's signatures and no model. A method that a family declares as a poi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
@@ -32,7 +32,9 @@ class Roles:
 
     The first tensor is the input; rotary tables come as `cos` and `sin`, or as a pair called
     `position_embeddings`; other tensors by their own names, where the family declares them. Masks
-    and token ids are observed elsewhere.
+    and token ids are observed elsewhere. What comes beside a choice, as weights beside the experts
+    that they are of, is seen in ascending order of what is chosen: the order in which a top-k gives
+    its choice is no part of it, and differs by dtype.
     """
 
     def __init__(self, module: nn.Module, method: str = "forward") -> None:
@@ -52,6 +54,7 @@ class Roles:
             zip(self._names if len(self._names) >= len(args) else places, args, strict=False)
         )
         first = True
+        choices = _choices([*named.values(), *kwargs.values()])
         for key, value in [*named.items(), *kwargs.items()]:
             new = value
             if key == "position_embeddings":
@@ -60,12 +63,36 @@ class Roles:
                 new, first = visit_choices("", visit, value), False
             elif isinstance(value, Tensor) and value.is_floating_point() and "mask" not in key:
                 role = "" if first and key not in {"cos", "sin"} else f".{key}"
-                new, first = visit(role, value), first and role != ""
+                order = choices.get(value.shape)
+                new = visit(role, value) if order is None else _visit_by(order, role, visit, value)
+                first = first and role != ""
             if key in kwargs:
                 kwargs[key] = new
             else:
                 named[key] = new
         return tuple(named.values()), kwargs
+
+
+def _choices(values: Sequence[Any]) -> dict[torch.Size, Tensor]:
+    """The order that sorts each choice among some arguments, by its shape (tokens, chosen).
+
+    A choice is whole numbers of which none comes twice in a row.
+    """
+    found = {}
+    for value in values:
+        is_whole = isinstance(value, Tensor) and value.dtype in {torch.int32, torch.int64}
+        if is_whole and value.dim() > 1:
+            chosen, order = value.sort(-1)
+            if bool((chosen.diff(dim=-1) > 0).all()):
+                found[value.shape] = order
+    return found
+
+
+def _visit_by(order: Tensor, role: str, visit: Visit, value: Tensor) -> Tensor:
+    """Visit in another order along the last dimension; the module goes on in its own."""
+    sorted_ = value.gather(-1, order)
+    seen = visit(role, sorted_)
+    return value if seen is sorted_ else seen.scatter(-1, order, seen)
 
 
 def visit_value(name: str, value: Any, visit: Visit) -> Any:

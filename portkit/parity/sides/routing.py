@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from portkit.nn.moe import Routing
@@ -64,7 +65,8 @@ def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
     """Visit a router's logits, under its own name, and then its choice, under its block's.
 
     The choice is always the weights of all experts, zero where not chosen, whatever form a router
-    gives it in. One that the visitor leaves as it is keeps its form.
+    gives it in. One that the visitor leaves as it is keeps its form, and a token that is given
+    the experts that it has keeps their order: what the experts hold within lies in that order.
     """
     logits = visit(router, routing.logits)
     weights, experts = routing.weights, routing.experts
@@ -72,7 +74,13 @@ def visit_routing(router: str, visit: Visit, routing: Routing) -> Routing:
     seen = visit(choice_of(router), effective)
     if seen is not effective:
         most = int((seen != 0).sum(-1).max())
-        weights, experts = seen.topk(max(1, most))
+        weights, new = seen.topk(max(1, most))
+        if new.shape == experts.shape:
+            same = new.sort(-1).values == experts.sort(-1).values
+            experts = torch.where(same.all(-1, keepdim=True), experts, new)
+            weights = seen.gather(-1, experts)
+        else:
+            experts = new
     return Routing(logits, weights, experts)
 
 
